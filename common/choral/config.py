@@ -1,0 +1,99 @@
+"""Strict configuration: YAML into frozen pydantic values, with messages that name the file, the key, the value and the cure."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from choral.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every configuration value: frozen, unknown keys refused, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read(path: Path, kind: type[S]) -> S:
+    """Read a YAML file as `kind`.
+
+    Raises ConfigError: the file is missing, is not YAML, or holds an unknown key or a value that is not allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds {_shown(content)}; a mapping of keys to values is expected")
+    return parse(content, kind, str(path))
+
+
+def parse(content: dict[str, Any], kind: type[S], source: str) -> S:
+    """Validate `content`, which came from `source`, as `kind`. Raises ConfigError."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(source, kind, one) for one in error.errors(include_url=False))) from None
+
+
+def _explain(source: str, kind: type[BaseModel], error: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    where = f"{source}: {key}" if key else source
+    allowed = list(_fields_at(kind, error["loc"][:-1]))
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{where}: unknown key; {hint}Allowed here: {', '.join(allowed)}"
+    if error["type"] == "missing":
+        return f"{where}: is missing{_meaning(kind, error['loc'])}"
+    told = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{where}: {_shown(error['input'])} is not allowed: {told}{_meaning(kind, error['loc'])}"
+
+
+def _meaning(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    model = _model_at(kind, loc[:-1])
+    field = model.model_fields.get(str(loc[-1])) if model and loc else None
+    return f" ({' '.join(field.description.split())})" if field is not None and field.description else ""
+
+
+def _fields_at(kind: type[BaseModel], loc: Iterable[int | str]) -> Iterable[str]:
+    model = _model_at(kind, loc)
+    return model.model_fields if model else ()
+
+
+def _model_at(kind: type[BaseModel], loc: Iterable[int | str]) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = kind
+    for part in loc:
+        field = model.model_fields.get(str(part)) if model else None
+        model = _settings_in(field.annotation) if field is not None else None
+    return model
+
+
+def _settings_in(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return "nothing" if value is None else repr(value)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,49 @@
+"""What a client is asked to do: frozen values that travel with each assignment."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from choral.config import Settings
+
+
+class Kind(enum.Enum):
+    """What a round is for."""
+
+    STATISTICS = "statistics"
+    TRAINING = "training"
+    EVALUATION = "evaluation"
+
+
+class Training(Settings):
+    """Hyper-parameters of the local loop (McMahan et al. 2017, AISTATS, algorithm 1: E, B and η)."""
+
+    epochs: Annotated[int, Field(ge=0, le=100_000)] = 1
+    """passes over the local examples each round; 0 sends the model back unchanged"""
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    """examples per optimizer step"""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.001
+    """the optimizer's step size"""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One assignment's work. The same plan on the same data gives the same update, bit for bit."""
+
+    kind: Kind
+    task: str
+    task_version: str
+    training: Training
+    seed: int
+    evaluate: bool
+
+
+def seed_for(run_seed: int, version: int, client: str) -> int:
+    """The seed, 63 bits, of one client's work on one version: repeated work repeats its randomness, other work does not."""
+    digest = hashlib.sha256(f"{run_seed}/{version}/{client}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,53 @@
+"""Errors over gRPC: a `ChoralError` becomes a google.rpc.Status with an ErrorInfo, and back."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from choral.errors import ChoralError, TrustError, Unreachable, by_name
+
+DOMAIN = "choral.v1"
+_LINK_BROKEN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
+
+
+async def abort(context: grpc.aio.ServicerContext[object, object], error: ChoralError) -> NoReturn:
+    """End the call with `error`: its gRPC code, its message, and its class name as ErrorInfo.reason."""
+    detail = Any()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN))
+    code = grpc.StatusCode[error.grpc_code]
+    status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=str(error), details=[detail]))
+    await context.abort(status.code, status.details, status.trailing_metadata)
+    raise AssertionError("abort returns never")
+
+
+def from_rpc(error: grpc.aio.AioRpcError, address: str) -> ChoralError:
+    """The `ChoralError` behind a failed call to `address`."""
+    reason = _reason(error)
+    if reason is not None:
+        return by_name(reason)(error.details() or reason)
+    details = error.details() or error.code().name
+    if "CERTIFICATE_VERIFY_FAILED" in details or "Peer name" in details:
+        return TrustError(
+            f"the coordinator at {address} shows a certificate that the given CA did not sign for that name ({details}): "
+            "use the ca.pem that `choral server init` wrote and an address that was given to it with --host"
+        )
+    if error.code() in _LINK_BROKEN:
+        return Unreachable(f"no coordinator answers at {address} ({details})")
+    return ChoralError(f"the coordinator at {address} failed: {error.code().name}: {details}")
+
+
+def _reason(error: grpc.aio.AioRpcError) -> str | None:
+    for key, value in error.trailing_metadata() or ():
+        if key != "grpc-status-details-bin":
+            continue
+        status = status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode())
+        info = error_details_pb2.ErrorInfo()
+        for detail in status.details:
+            if detail.Unpack(info) and info.domain == DOMAIN:
+                return info.reason
+    return None

@@ -1,0 +1,96 @@
+"""Table: a CSV or Parquet file of numbers as tensors, checked cell by cell."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import TensorDataset
+
+from choral.errors import DataError
+
+
+@dataclass(frozen=True)
+class Table:
+    """Loads the `features` columns as float32 `(n, d)` and the `target` column.
+
+    A target of `kind` "number" becomes float32 `(n, 1)`, of kind "class" int64 `(n,)`. Other columns of the file are ignored.
+    Call it with a path. Raises DataError: the file is missing, empty or ragged, a column is missing, or a cell is empty,
+    infinite or not a number; the row (counted from 1 after the header) and the column are named.
+    """
+
+    features: Sequence[str]
+    target: str
+    kind: Literal["number", "class"] = "number"
+
+    def __call__(self, path: Path) -> TensorDataset:
+        """Load the file."""
+        frame = read_frame(path)
+        numbers = self._numbers(frame, path)
+        x = torch.from_numpy(numbers[:, :-1].astype(np.float32))
+        y = numbers[:, -1]
+        if self.kind == "number":
+            return TensorDataset(x, torch.from_numpy(y.astype(np.float32)[:, None]))
+        if (y != np.floor(y)).any() or (y < 0).any():
+            row = int(np.flatnonzero((y != np.floor(y)) | (y < 0))[0])
+            raise DataError(f"{path}: row {row + 1}, column {self.target}: {y[row]} is no class; write 0, 1, 2, …")
+        return TensorDataset(x, torch.from_numpy(y.astype(np.int64)))
+
+    def _numbers(self, frame: pd.DataFrame, path: Path) -> np.ndarray:
+        columns = [*self.features, self.target]
+        missing = [name for name in columns if name not in frame.columns]
+        if missing:
+            raise DataError(f"{path}: column {missing[0]} is missing; the file has {', '.join(map(str, frame.columns))}")
+        numbers = frame[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+        bad = np.argwhere(~np.isfinite(numbers))
+        if len(bad):
+            row, column = map(int, bad[0])
+            cell = frame[columns].iat[row, column]
+            said = "is empty" if pd.isna(cell) else f"holds {cell!r}, which is not a finite number"
+            raise DataError(f"{path}: row {row + 1}, column {columns[column]} {said}: fill it in or remove the row")
+        return numbers
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """The CSV or Parquet file at `path`, at least one row. Raises DataError."""
+    if not path.is_file():
+        raise DataError(f"{path}: {'is not a file' if path.exists() else 'does not exist'}; give the path of a CSV or Parquet file")
+    readers = {".csv": _read_csv, ".parquet": _read_parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: cannot tell the format from {path.suffix!r}; name the file .csv or .parquet")
+    try:
+        frame = reader(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if frame.empty:
+        raise DataError(f"{path}: has no rows; at least one example is needed")
+    return frame
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(path, index_col=False, skipinitialspace=True)
+    except pd.errors.EmptyDataError as error:
+        raise DataError(f"{path}: is empty; a header line and at least one row are needed") from error
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        raise DataError(f"{path}: its rows do not all have as many fields as the header ({' '.join(str(error).split())})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text (byte {error.start}); save it as CSV in UTF-8") from error
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except ImportError as error:
+        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'choral[parquet]'") from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: is not a Parquet file ({error})") from error
