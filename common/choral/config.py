@@ -24,10 +24,12 @@ S = TypeVar("S", bound=Settings)
 
 
 def read(path: Path, kind: type[S]) -> S:
-    """Read a YAML file as `kind`.
+    """Read a YAML file as `kind`. Raises ConfigError: as `read_mapping`, or it holds an unknown key or a value not allowed."""
+    return parse(read_mapping(path), kind, str(path))
 
-    Raises ConfigError: the file is missing, is not YAML, or holds an unknown key or a value that is not allowed.
-    """
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError: the file is missing, is not YAML, or holds something else."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -40,7 +42,7 @@ def read(path: Path, kind: type[S]) -> S:
         raise ConfigError(f"{path}: is not valid YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {_shown(content)}; a mapping of keys to values is expected")
-    return parse(content, kind, str(path))
+    return content
 
 
 def parse(content: dict[str, Any], kind: type[S], source: str) -> S:

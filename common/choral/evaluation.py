@@ -24,20 +24,19 @@ def evaluate(task: Task, model: nn.Module, examples: Dataset[Any]) -> tuple[Metr
         return tuple(Metric(name, float(measure(prediction, target)), len(target)) for name, measure in measured.items())
 
 
-def batches(
-    examples: Dataset[Any], batch_size: int, shuffle: torch.Generator | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(examples: Dataset[Any], batch_size: int, shuffle: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs (x, y) of at most `batch_size` examples, in order or shuffled by a generator. A TensorDataset is indexed directly."""
     if isinstance(examples, TensorDataset):
         x, y = examples.tensors
         order = torch.randperm(len(x), generator=shuffle) if shuffle is not None else torch.arange(len(x))
-        for index in order.split(batch_size):
+        for start in range(0, len(x), batch_size):
+            index = order[start : start + batch_size]
             yield x[index], y[index]
     else:
         yield from DataLoader(examples, batch_size, shuffle=shuffle is not None, generator=shuffle)
 
 
-class evaluating:
+class evaluating:  # noqa: N801 - reads as `with evaluating(model)`
     """Context in which `model` is in evaluation mode."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -14,8 +14,8 @@ from choral.statistics import Moments
 class Standardize(nn.Module):
     """(x − mean) / scale, per feature.
 
-    Both are buffers `(features,)`, float32, that the coordinator fills from the statistics round, so that a checkpoint predicts from raw
-    features. Features listed in `keep` pass unchanged (a 0/1 column, say).
+    Both are buffers `(features,)`, float32, that the coordinator fills from the statistics round, so that a checkpoint
+    predicts from raw features. Features listed in `keep` pass unchanged (a 0/1 column, say).
     """
 
     mean: Tensor

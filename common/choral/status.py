@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
-from google.protobuf.any_pb2 import Any
+from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -15,9 +15,9 @@ DOMAIN = "choral.v1"
 _LINK_BROKEN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
 
 
-async def abort(context: grpc.aio.ServicerContext[object, object], error: ChoralError) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ChoralError) -> NoReturn:
     """End the call with `error`: its gRPC code, its message, and its class name as ErrorInfo.reason."""
-    detail = Any()
+    detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN))
     code = grpc.StatusCode[error.grpc_code]
     status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=str(error), details=[detail]))
@@ -49,5 +49,5 @@ def _reason(error: grpc.aio.AioRpcError) -> str | None:
         info = error_details_pb2.ErrorInfo()
         for detail in status.details:
             if detail.Unpack(info) and info.domain == DOMAIN:
-                return info.reason
+                return str(info.reason)
     return None

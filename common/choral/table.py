@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
 
 from choral.errors import DataError
@@ -42,17 +43,17 @@ class Table:
             raise DataError(f"{path}: row {row + 1}, column {self.target}: {y[row]} is no class; write 0, 1, 2, …")
         return TensorDataset(x, torch.from_numpy(y.astype(np.int64)))
 
-    def _numbers(self, frame: pd.DataFrame, path: Path) -> np.ndarray:
+    def _numbers(self, frame: pd.DataFrame, path: Path) -> NDArray[np.float64]:
         columns = [*self.features, self.target]
         missing = [name for name in columns if name not in frame.columns]
         if missing:
             raise DataError(f"{path}: column {missing[0]} is missing; the file has {', '.join(map(str, frame.columns))}")
-        numbers = frame[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+        numbers: NDArray[np.float64] = frame[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
         bad = np.argwhere(~np.isfinite(numbers))
         if len(bad):
             row, column = map(int, bad[0])
             cell = frame[columns].iat[row, column]
-            said = "is empty" if pd.isna(cell) else f"holds {cell!r}, which is not a finite number"
+            said = "is empty" if frame[columns].isna().iat[row, column] else f"holds {cell!r}, which is not a finite number"
             raise DataError(f"{path}: row {row + 1}, column {columns[column]} {said}: fill it in or remove the row")
         return numbers
 
@@ -82,7 +83,9 @@ def _read_csv(path: Path) -> pd.DataFrame:
     except pd.errors.EmptyDataError as error:
         raise DataError(f"{path}: is empty; a header line and at least one row are needed") from error
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        raise DataError(f"{path}: its rows do not all have as many fields as the header ({' '.join(str(error).split())})") from error
+        raise DataError(
+            f"{path}: its rows do not all have as many fields as the header ({' '.join(str(error).split())})"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start}); save it as CSV in UTF-8") from error
 

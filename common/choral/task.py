@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
@@ -78,7 +77,7 @@ def load_task(reference: str) -> Task:
     module_name, colon, attribute = reference.partition(":")
     if not (module_name and colon and attribute):
         raise TaskError(f"task {reference!r}: write it as module:attribute, for example choral.tasks.boston_housing:task")
-    if (here := os.getcwd()) not in sys.path:
+    if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
         with user_code(f"task {reference!r}: importing {module_name}"):

@@ -1,77 +1,117 @@
 """Domain values <-> protobuf, and bytes <-> checksummed chunks.
 
-Together with `status` and the two sides' `service`/`transport`, the only place that sees generated code.
+With `status` and the servicers and transports of both sides, the only files that see generated code.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
-from choral.errors import CorruptTransfer, InvalidMessage
+from choral.errors import CorruptTransfer, InvalidMessage, ProtocolMismatch
 from choral.manifest import Entry, EntryKind, Manifest
+from choral.messages import (
+    Assignment,
+    Cancel,
+    ComeBack,
+    FromClient,
+    FromCoordinator,
+    Heartbeat,
+    Hello,
+    NewVersion,
+    Phase,
+    Receipt,
+    Status,
+    UploadHeader,
+    Verdict,
+    VersionRef,
+    Welcome,
+)
 from choral.metrics import Metric
 from choral.plan import Kind, Plan, Training
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import model_pb2 as mb
 
-K = TypeVar("K", bound=int)
-V = TypeVar("V")
-
 PROTOCOL_VERSION = 1
 CHUNK_BYTES = 1 << 20
-MESSAGE_BYTES = CHUNK_BYTES + 4096  # a chunk and its envelope
+MESSAGE_BYTES = 4 * CHUNK_BYTES  # the longest message either side accepts: a chunk, or the manifest of a very deep model
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 KINDS = {
     Kind.STATISTICS: mb.ROUND_KIND_STATISTICS,
     Kind.TRAINING: mb.ROUND_KIND_TRAINING,
     Kind.EVALUATION: mb.ROUND_KIND_EVALUATION,
 }
-_KINDS_BACK = {number: kind for kind, number in KINDS.items()}
 _ENTRY_KINDS = {
     EntryKind.AVERAGED: mb.ENTRY_KIND_AVERAGED,
     EntryKind.COUNTER: mb.ENTRY_KIND_COUNTER,
     EntryKind.STATISTIC: mb.ENTRY_KIND_STATISTIC,
 }
-_ENTRY_KINDS_BACK = {number: kind for kind, number in _ENTRY_KINDS.items()}
-PAYLOADS = {
+_PAYLOADS = {
     Kind.STATISTICS: pb.PAYLOAD_KIND_STATISTICS,
     Kind.TRAINING: pb.PAYLOAD_KIND_DELTA,
     Kind.EVALUATION: pb.PAYLOAD_KIND_NONE,
 }
+_PHASES = {
+    Phase.DOWNLOADING: pb.PHASE_DOWNLOADING,
+    Phase.WORKING: pb.PHASE_WORKING,
+    Phase.UPLOADING: pb.PHASE_UPLOADING,
+    Phase.DECLINED: pb.PHASE_DECLINED,
+}
+_VERDICTS = {
+    Verdict.ACCEPTED: pb.VERDICT_ACCEPTED,
+    Verdict.DUPLICATE: pb.VERDICT_DUPLICATE,
+    Verdict.LATE: pb.VERDICT_LATE,
+    Verdict.REFUSED: pb.VERDICT_REFUSED,
+}
 
 
-@dataclass(frozen=True, slots=True)
-class VersionRef:
-    """A version as it is announced: its number, and the SHA-256 and length (bytes) of its checkpoint file."""
-
-    number: int
-    digest: bytes
-    size_bytes: int
+def _back(table: Mapping[K, V]) -> dict[V, K]:
+    return {value: key for key, value in table.items()}
 
 
-def chunks(data: bytes | memoryview, start: int = 0) -> Iterator[mb.Chunk]:
-    """Cut `data`, whose first byte is byte `start` of the whole, into checksummed chunks."""
-    view = memoryview(data).cast("B")
-    for offset in range(0, len(view), CHUNK_BYTES):
-        piece = bytes(view[offset : offset + CHUNK_BYTES])
-        yield mb.Chunk(offset=start + offset, data=piece, crc32=zlib.crc32(piece))
+_KINDS_BACK, _ENTRY_KINDS_BACK, _PAYLOADS_BACK = _back(KINDS), _back(_ENTRY_KINDS), _back(_PAYLOADS)
+_PHASES_BACK, _VERDICTS_BACK = _back(_PHASES), _back(_VERDICTS)
 
 
-def verified(chunk: mb.Chunk, offset: int, total: int) -> bytes:
+def _known(table: Mapping[K, V], number: K, what: str) -> V:
+    if number not in table:
+        raise InvalidMessage(f"{what} {number} is unknown to this release: update Choral on this side")
+    return table[number]
+
+
+# Bytes in chunks
+
+
+def chunk(data: memoryview, offset: int) -> mb.Chunk:
+    """The chunk that begins at byte `offset` of `data`."""
+    piece = bytes(data[offset : offset + CHUNK_BYTES])
+    return mb.Chunk(offset=offset, data=piece, crc32=zlib.crc32(piece))
+
+
+def chunks(data: memoryview) -> Iterator[mb.Chunk]:
+    """All of `data` in chunks."""
+    return (chunk(data, offset) for offset in range(0, len(data), CHUNK_BYTES))
+
+
+def verified(message: mb.Chunk, offset: int, total: int) -> bytes:
     """The chunk's bytes, if it continues at `offset` and the whole stays within `total` bytes.
 
     Raises CorruptTransfer: gap, overlap, too much, or a checksum that does not match.
     """
-    if chunk.offset != offset:
-        raise CorruptTransfer(f"a chunk begins at byte {chunk.offset} where byte {offset} is next: send it again")
-    if offset + len(chunk.data) > total:
-        raise CorruptTransfer(f"{offset + len(chunk.data)} bytes arrived where {total} were announced: send it again")
-    if zlib.crc32(chunk.data) != chunk.crc32:
+    if message.offset != offset:
+        raise CorruptTransfer(f"a chunk begins at byte {message.offset} where byte {offset} is next: send it again")
+    if offset + len(message.data) > total:
+        raise CorruptTransfer(f"{offset + len(message.data)} bytes arrived where {total} were announced: send it again")
+    if zlib.crc32(message.data) != message.crc32:
         raise CorruptTransfer(f"the chunk at byte {offset} does not match its CRC-32: send it again")
-    return chunk.data
+    return message.data
+
+
+# Parts of messages
 
 
 def manifest_to_pb(manifest: Manifest) -> mb.Manifest:
@@ -138,7 +178,115 @@ def metrics_from_pb(messages: Iterable[mb.Metric]) -> tuple[Metric, ...]:
     return tuple(Metric(m.name, m.value, m.examples) for m in messages)
 
 
-def _known(table: dict[K, V], number: K, what: str) -> V:
-    if number not in table:
-        raise InvalidMessage(f"{what} {number} is unknown to this release: update Choral on this side")
-    return table[number]
+# The attendance stream
+
+
+def from_client_to_pb(said: FromClient) -> pb.AttendRequest:
+    """To protobuf."""
+    match said:
+        case Hello():
+            hello = pb.Hello(
+                protocol_version=said.protocol_version,
+                client=said.client,
+                instance=said.instance,
+                task=said.task,
+                task_version=said.task_version,
+                manifest=manifest_to_pb(said.manifest),
+                examples=said.examples,
+                software=said.software,
+            )
+            return pb.AttendRequest(hello=hello)
+        case Status():
+            status = pb.Status(assignment=said.assignment, phase=_PHASES[said.phase], reason=said.reason)
+            return pb.AttendRequest(status=status)
+        case Heartbeat():
+            return pb.AttendRequest(heartbeat=pb.Heartbeat())
+
+
+def from_client_from_pb(message: pb.AttendRequest) -> FromClient:
+    """From protobuf. Raises InvalidMessage: nothing is said, or something that this release does not know."""
+    match message.WhichOneof("message"):
+        case "hello":
+            h = message.hello
+            if h.protocol_version != PROTOCOL_VERSION:
+                raise ProtocolMismatch(
+                    f"the client speaks version {h.protocol_version} of the protocol, this coordinator version {PROTOCOL_VERSION}: "
+                    "install the same release of Choral on both"
+                )
+            manifest = manifest_from_pb(h.manifest)
+            return Hello(h.protocol_version, h.client, h.instance, h.task, h.task_version, manifest, h.examples, h.software)
+        case "status":
+            s = message.status
+            return Status(s.assignment, _known(_PHASES_BACK, s.phase, "phase"), s.reason)
+        case "heartbeat":
+            return Heartbeat()
+    raise InvalidMessage("an attendance message that says nothing known to this release: update Choral on this side")
+
+
+def from_coordinator_to_pb(said: FromCoordinator) -> pb.AttendResponse:
+    """To protobuf."""
+    match said:
+        case Welcome():
+            welcome = pb.Welcome(run=said.run, heartbeat_s=said.heartbeat_s, version=version_to_pb(said.version))
+            return pb.AttendResponse(welcome=welcome)
+        case Assignment():
+            version, plan = version_to_pb(said.version), plan_to_pb(said.plan)
+            return pb.AttendResponse(assignment=pb.Assignment(id=said.id, round=said.round, version=version, plan=plan))
+        case Cancel():
+            return pb.AttendResponse(cancel=pb.Cancel(assignment=said.assignment, reason=said.reason))
+        case NewVersion():
+            return pb.AttendResponse(new_version=pb.NewVersion(version=version_to_pb(said.version)))
+        case ComeBack():
+            return pb.AttendResponse(come_back=pb.ComeBack(after_s=said.after_s, reason=said.reason))
+
+
+def from_coordinator_from_pb(message: pb.AttendResponse) -> FromCoordinator:
+    """From protobuf. Raises InvalidMessage: nothing is said, or something that this release does not know."""
+    match message.WhichOneof("message"):
+        case "welcome":
+            w = message.welcome
+            return Welcome(w.run, w.heartbeat_s, version_from_pb(w.version))
+        case "assignment":
+            a = message.assignment
+            return Assignment(a.id, a.round, version_from_pb(a.version), plan_from_pb(a.plan))
+        case "cancel":
+            return Cancel(message.cancel.assignment, message.cancel.reason)
+        case "new_version":
+            return NewVersion(version_from_pb(message.new_version.version))
+        case "come_back":
+            c = message.come_back
+            return ComeBack(c.after_s if c.HasField("after_s") else None, c.reason)
+    raise InvalidMessage("an attendance message that says nothing known to this release: update Choral on this side")
+
+
+# Uploads
+
+
+def header_to_pb(header: UploadHeader) -> pb.UploadHeader:
+    """To protobuf."""
+    return pb.UploadHeader(
+        assignment=header.assignment,
+        client=header.client,
+        examples=header.examples,
+        payload=_PAYLOADS[header.kind],
+        payload_bytes=header.payload_bytes,
+        held_out=metrics_to_pb(header.held_out),
+        work=metrics_to_pb(header.work),
+    )
+
+
+def header_from_pb(message: pb.UploadHeader) -> UploadHeader:
+    """From protobuf. Raises InvalidMessage: a payload kind that this release does not know."""
+    kind = _known(_PAYLOADS_BACK, message.payload, "payload kind")
+    held_out, work = metrics_from_pb(message.held_out), metrics_from_pb(message.work)
+    return UploadHeader(message.assignment, message.client, message.examples, kind, message.payload_bytes, held_out, work)
+
+
+def receipt_to_pb(receipt: Receipt) -> pb.UploadResponse:
+    """To protobuf."""
+    return pb.UploadResponse(verdict=_VERDICTS[receipt.verdict], reason=receipt.reason)
+
+
+def receipt_from_pb(message: pb.UploadResponse) -> Receipt:
+    """From protobuf. Raises InvalidMessage: a verdict that this release does not know."""
+    return Receipt(_known(_VERDICTS_BACK, message.verdict, "verdict"), message.reason)

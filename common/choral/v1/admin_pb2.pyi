@@ -587,7 +587,8 @@ class Part(google.protobuf.message.Message):
     STATE_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     EXAMPLES_FIELD_NUMBER: builtins.int
-    METRICS_FIELD_NUMBER: builtins.int
+    HELD_OUT_FIELD_NUMBER: builtins.int
+    WORK_FIELD_NUMBER: builtins.int
     assignment: builtins.str
     """Id of the assignment."""
     client: builtins.str
@@ -599,8 +600,12 @@ class Part(google.protobuf.message.Message):
     examples: builtins.int
     """Weight of the update. Unit: examples."""
     @property
-    def metrics(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[choral.v1.model_pb2.Metric]:
-        """What the client measured."""
+    def held_out(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[choral.v1.model_pb2.Metric]:
+        """Metrics of the version that the round started from, on the client's held-out examples."""
+
+    @property
+    def work(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[choral.v1.model_pb2.Metric]:
+        """Measured during the work: "train_loss" and "train_s"."""
 
     def __init__(
         self,
@@ -610,9 +615,10 @@ class Part(google.protobuf.message.Message):
         state: builtins.str = ...,
         reason: builtins.str = ...,
         examples: builtins.int = ...,
-        metrics: collections.abc.Iterable[choral.v1.model_pb2.Metric] | None = ...,
+        held_out: collections.abc.Iterable[choral.v1.model_pb2.Metric] | None = ...,
+        work: collections.abc.Iterable[choral.v1.model_pb2.Metric] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "examples", b"examples", "metrics", b"metrics", "reason", b"reason", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "examples", b"examples", "held_out", b"held_out", "reason", b"reason", "state", b"state", "work", b"work"]) -> None: ...
 
 global___Part = Part
 

@@ -549,7 +549,8 @@ class UploadHeader(google.protobuf.message.Message):
     EXAMPLES_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: builtins.int
-    METRICS_FIELD_NUMBER: builtins.int
+    HELD_OUT_FIELD_NUMBER: builtins.int
+    WORK_FIELD_NUMBER: builtins.int
     assignment: builtins.str
     """The assignment that it answers."""
     client: builtins.str
@@ -561,8 +562,12 @@ class UploadHeader(google.protobuf.message.Message):
     payload_bytes: builtins.int
     """Length of the payload. Unit: bytes."""
     @property
-    def metrics(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[choral.v1.model_pb2.Metric]:
-        """Measured by the client: "train_loss" and "train_s" from its work, and, if the plan asks, the held-out metrics of the version."""
+    def held_out(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[choral.v1.model_pb2.Metric]:
+        """Metrics of the version that the client started from, on its held-out examples, if the plan asks and it has any."""
+
+    @property
+    def work(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[choral.v1.model_pb2.Metric]:
+        """Measured during the work: "train_loss", the mean loss of the last epoch, and "train_s", its duration in seconds."""
 
     def __init__(
         self,
@@ -572,9 +577,10 @@ class UploadHeader(google.protobuf.message.Message):
         examples: builtins.int = ...,
         payload: global___PayloadKind.ValueType = ...,
         payload_bytes: builtins.int = ...,
-        metrics: collections.abc.Iterable[choral.v1.model_pb2.Metric] | None = ...,
+        held_out: collections.abc.Iterable[choral.v1.model_pb2.Metric] | None = ...,
+        work: collections.abc.Iterable[choral.v1.model_pb2.Metric] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "examples", b"examples", "metrics", b"metrics", "payload", b"payload", "payload_bytes", b"payload_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "examples", b"examples", "held_out", b"held_out", "payload", b"payload", "payload_bytes", b"payload_bytes", "work", b"work"]) -> None: ...
 
 global___UploadHeader = UploadHeader
 

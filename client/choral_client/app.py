@@ -1,0 +1,65 @@
+"""The client's process: build everything, live, end."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import signal
+
+import structlog
+from choral import __version__
+from choral.errors import ConfigError, TrustError
+from choral.messages import Hello
+from choral.task import load_task
+from choral.wire import PROTOCOL_VERSION
+
+from choral_client.agent import Agent
+from choral_client.config import ClientConfig
+from choral_client.data import load_shard
+from choral_client.transport import GrpcTransport
+from choral_client.work import Work, set_threads
+
+log = structlog.get_logger()
+
+
+async def attend(config: ClientConfig) -> None:
+    """Run one client until the run is over or SIGTERM comes.
+
+    Raises ConfigError, TaskError, DataError, TrustError, Unreachable, or a Refused with the coordinator's reason.
+    """
+    try:
+        config.state.mkdir(parents=True, exist_ok=True)
+        ca = config.ca.read_bytes() if config.ca is not None else None
+    except OSError as error:
+        if config.ca is not None and str(error.filename) == str(config.ca):
+            raise TrustError(f"ca: {config.ca} cannot be read ({error.strerror}): copy the coordinator's ca.pem here") from error
+        raise ConfigError(
+            f"state: {config.state} cannot be used ({error.strerror}): give a folder that this user may write"
+        ) from error
+    set_threads(config.threads)
+    task = load_task(config.task)
+    shard = load_shard(task, config.data, config.holdout)
+    work = Work(task, shard)
+    hello = Hello(
+        protocol_version=PROTOCOL_VERSION,
+        client=config.name,
+        instance=secrets.token_hex(8),
+        task=task.name,
+        task_version=task.version,
+        manifest=work.manifest,
+        examples=shard.size,
+        software=__version__,
+    )
+    transport = GrpcTransport(str(config.server), ca)
+    agent = Agent(transport, hello, work, config.state, follow=config.follow, first_contact_s=config.first_contact_s)
+    life = asyncio.create_task(agent.live())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, life.cancel)
+    log.info("client starts", name=config.name, task=task.name, examples=shard.size, server=str(config.server))
+    try:
+        await life
+    except asyncio.CancelledError:
+        log.info("client ends", reason="it was told to")
+    finally:
+        await transport.close()

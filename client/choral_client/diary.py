@@ -1,0 +1,37 @@
+"""What the client is doing, in a small file for people and health checks."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from choral.errors import ConfigError
+
+_NAME = "status.json"
+
+
+class Diary:
+    """Writes `status.json` in the client's state folder, atomically."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(self, doing: str, **details: Any) -> None:
+        """Note what the client does now; `details` are for people."""
+        aside = self._folder / f".{_NAME}.part"
+        aside.write_text(json.dumps({"doing": doing, "at": time.time(), **details}), encoding="utf-8")
+        aside.replace(self._folder / _NAME)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The last note and its age in seconds, `age_s`. Raises ConfigError: there is none."""
+    path = folder / _NAME
+    try:
+        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: does not exist; no client has run with this state folder") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: is damaged ({error}); start the client again") from error
+    return note | {"age_s": round(time.time() - note["at"], 1)}

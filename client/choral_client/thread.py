@@ -1,0 +1,57 @@
+"""One long-lived thread for tensor work, so that the event loop stays free and the process can end at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class WorkThread:
+    """Runs one function after the other. A daemon: it never delays the end of the process, whatever it is doing.
+
+    One thread for all work, because torch keeps a pool of its own for each thread that calls it.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True, name="choral-work").start()
+
+    async def do(self, function: Callable[[], T]) -> T:
+        """The result of `function()`, called in the thread; what it raises is raised here."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def job() -> None:
+            try:
+                result = function()
+            except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+                self._tell(loop, _fail, future, error)
+            else:
+                self._tell(loop, _succeed, future, result)
+
+        self._jobs.put(job)
+        return await future
+
+    def _run(self) -> None:
+        while True:
+            self._jobs.get()()
+
+    @staticmethod
+    def _tell(loop: asyncio.AbstractEventLoop, what: Callable[..., None], *values: Any) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(what, *values)
+
+
+def _succeed(future: asyncio.Future[Any], result: object) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)

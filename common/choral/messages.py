@@ -1,0 +1,132 @@
+"""What coordinator and client say to each other, as values; federation.proto has their meaning, `wire` turns them into protobuf."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from choral.manifest import Manifest
+from choral.metrics import Metric
+from choral.plan import Kind, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRef:
+    """A version as it is announced: its number, and the SHA-256 and length (bytes) of its checkpoint file."""
+
+    number: int
+    digest: bytes
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who a client is and what it can work on."""
+
+    protocol_version: int
+    client: str
+    instance: str
+    task: str
+    task_version: str
+    manifest: Manifest
+    examples: int
+    software: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The client is in."""
+
+    run: str
+    heartbeat_s: float
+    version: VersionRef
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One client's part in one round."""
+
+    id: str
+    round: int
+    version: VersionRef
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """An assignment's result is no longer wanted."""
+
+    assignment: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """A version was published."""
+
+    version: VersionRef
+
+
+@dataclass(frozen=True, slots=True)
+class ComeBack:
+    """The stream closes. Attend again in `after_s` seconds; None: not at all."""
+
+    after_s: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Keeps the session alive."""
+
+
+class Phase(enum.Enum):
+    """Where an assignment stands, as its client reports it."""
+
+    DOWNLOADING = "downloading"
+    WORKING = "working"
+    UPLOADING = "uploading"
+    DECLINED = "declined"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How an assignment goes; `reason` says why it was declined."""
+
+    assignment: str
+    phase: Phase
+    reason: str = ""
+
+
+FromClient = Hello | Status | Heartbeat
+FromCoordinator = Welcome | Assignment | Cancel | NewVersion | ComeBack
+
+
+@dataclass(frozen=True, slots=True)
+class UploadHeader:
+    """Announces the result of an assignment: `payload_bytes` bytes laid out as `kind` demands (federation.proto, PayloadKind)."""
+
+    assignment: str
+    client: str
+    examples: int
+    kind: Kind
+    payload_bytes: int
+    held_out: tuple[Metric, ...]
+    work: tuple[Metric, ...]
+
+
+class Verdict(enum.Enum):
+    """What became of an upload."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    LATE = "late"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The coordinator's answer to an upload."""
+
+    verdict: Verdict
+    reason: str = ""

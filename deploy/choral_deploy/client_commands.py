@@ -1,0 +1,85 @@
+"""`choral client`: run a device, see what it does."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(help="Run a client.", invoke_without_command=True)
+_MAX_SILENCE_S = 60.0
+
+
+@app.callback()
+def client(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="A YAML file with these options as keys; flags win.")
+    ] = None,
+    server: Annotated[str | None, typer.Option(help="host:port of the coordinator.")] = None,
+    name: Annotated[str | None, typer.Option(help="This client's name, unique in the federation.")] = None,
+    task: Annotated[str | None, typer.Option(help="module:attribute of the task.")] = None,
+    data: Annotated[Path | None, typer.Option(help="This client's shard (CSV or Parquet).")] = None,
+    ca: Annotated[Path | None, typer.Option(help="The coordinator's ca.pem.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder for the newest model; choral-NAME if not given.")] = None,
+    holdout: Annotated[float | None, typer.Option(help="Share of the shard that measures and never trains [0.1].")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads for training.")] = None,
+    plaintext: Annotated[bool | None, typer.Option("--plaintext", help="No TLS; loopback only.")] = None,
+    first_contact_s: Annotated[float | None, typer.Option(help="Seconds to keep trying for a first answer [60].")] = None,
+    log_format: Annotated[Literal["console", "json"], typer.Option(help="How logs are written to standard error.")] = "console",
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="The least that is logged.")] = "info",
+) -> None:
+    """Run a client until the run is over or it is told to end."""
+    if context.invoked_subcommand is not None:
+        return
+    flags = {
+        "server": server,
+        "name": name,
+        "task": task,
+        "data": data,
+        "ca": ca,
+        "state": state,
+        "holdout": holdout,
+        "threads": threads,
+        "plaintext": plaintext,
+        "first_contact_s": first_contact_s,
+    }
+    from choral import logs
+    from choral_client.app import attend
+    from choral_deploy.cli import leave
+
+    logs.configure(log_format, log_level)
+    asyncio.run(attend(_config(config, {key: value for key, value in flags.items() if value is not None})))
+    leave(0)
+
+
+@app.command()
+def status(state: Annotated[Path, typer.Argument(help="The client's state folder.")]) -> None:
+    """Show what a client does; exit code 0 if it noted anything in the last minute."""
+    import json
+
+    from choral.errors import Unreachable
+    from choral_client.diary import read
+
+    note = read(state)
+    typer.echo(json.dumps(note))
+    if note["age_s"] > _MAX_SILENCE_S and note["doing"] != "finished":
+        raise Unreachable(f"{state}: the client has noted nothing for {note['age_s']} s; is it running?")
+
+
+def _config(path: Path | None, flags: dict[str, Any]) -> Any:
+    """The configuration from a file and flags; relative paths in the file count from its folder."""
+    from choral.config import parse, read_mapping
+    from choral_client.config import ClientConfig
+
+    content = read_mapping(path) if path is not None else {}
+    home = path.resolve().parent if path is not None else Path()
+    for key in ("data", "ca", "state"):
+        if isinstance(content.get(key), str):
+            content[key] = home / content[key]
+    content |= flags
+    if "name" in content:
+        content.setdefault("state", f"choral-{content['name']}")
+    return parse(content, ClientConfig, str(path) if path is not None else "command line")

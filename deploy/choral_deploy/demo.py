@@ -1,0 +1,232 @@
+"""The demo: a coordinator and clients as processes of their own, over TLS on loopback, from raw data to a report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from choral.errors import ChoralError, ConfigError
+from choral.metrics import value_of
+from choral.tasks.shards import deal
+from choral.v1 import admin_pb2 as pb
+from choral.wire import metrics_from_pb
+from choral_deploy.display import Display
+from choral_deploy.operator import Operator
+from choral_deploy.processes import Child, Children, started
+from choral_deploy.report import Report
+from choral_server.trust import make_authority
+
+TASK = "choral.tasks.boston_housing:task"
+HOLDOUT = 0.1
+METRIC = "mse"
+_MARK = ".choral-demo"
+_CLI = ("-m", "choral_deploy.cli")
+_NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy")
+
+
+@dataclass
+class Observed:
+    """What the coordinator told while it ran."""
+
+    test_mse: dict[int, float] = field(default_factory=dict)
+    round_s: list[float] = field(default_factory=list)
+    first_version: int | None = None
+    outcome: pb.Run | None = None
+
+    def take(self, change: pb.WatchResponse) -> None:
+        """Note one change."""
+        match change.WhichOneof("change"):
+            case "version":
+                mse = value_of(metrics_from_pb(change.version.test), METRIC)
+                if mse is not None:
+                    self.test_mse[change.version.version.number] = mse
+            case "round":
+                if change.round.kind == pb.Round().kind or change.round.state != pb.ROUND_STATE_DONE:
+                    return
+                if change.round.duration_s > 0 and change.round.kind == _TRAINING:
+                    self.round_s.append(change.round.duration_s)
+                    self.first_version = change.round.version if self.first_version is None else self.first_version
+            case "run":
+                self.outcome = change.run
+
+
+_TRAINING = pb.Round.DESCRIPTOR.fields_by_name["kind"].enum_type.values_by_name["ROUND_KIND_TRAINING"].number
+
+
+def names(count: int) -> list[str]:
+    """alice, bob, … and then client-11, client-12, …"""
+    return [*_NAMES[:count], *(f"client-{number}" for number in range(len(_NAMES) + 1, count + 1))]
+
+
+async def run(rounds: int, clients: Sequence[str], seed: int, out: Path) -> Report:
+    """Train, compare, and leave everything in `out`. Raises ConfigError: `out` is somebody else's; ChoralError: a process failed."""
+    began = time.monotonic()
+    _prepare(out)
+    shards = deal("boston_housing", clients, out, seed)
+    config = _configure(out, rounds, len(clients), seed, shards["test"])
+    observed = Observed()
+    with Display(METRIC) as display:
+        async with started() as children:
+            display.say("starting the coordinator and the clients")
+            await _federate(children, config, out, {client: shards[client] for client in clients}, observed, display)
+            federated_s = time.monotonic() - began
+            display.say("for comparison: each device alone, and all data pooled")
+            alone, pooled = await _compare(children, out, shards, clients, rounds, seed)
+    return _report(observed, out, clients, seed, alone, pooled, federated_s, began)
+
+
+def _prepare(out: Path) -> None:
+    """An empty folder at `out`; what an earlier demo left there goes."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / _MARK).exists():
+            raise ConfigError(f"--out {out}: is not empty and no demo made it; give another folder")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARK).touch()
+    (out / "logs").mkdir()
+
+
+def _configure(out: Path, rounds: int, clients: int, seed: int, test_set: Path) -> Path:
+    home = out / "coordinator"
+    make_authority(home, ["localhost", "127.0.0.1"])
+    test_set.rename(home / "test.csv")
+    config = {
+        "listen": "127.0.0.1:0",
+        "tls": {"certificate": "server.pem", "key": "server.key"},
+        "state": "state",
+        "task": TASK,
+        "run": {"name": "boston", "rounds": rounds, "seed": seed, "cohort_size": clients, "deadline_s": 120},
+        "evaluation": {"test_set": "test.csv"},
+        "exit_when_done": True,
+    }
+    path = home / "choral.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path
+
+
+async def _federate(
+    children: Children, config: Path, out: Path, shards: dict[str, Path], observed: Observed, display: Display
+) -> None:
+    """Run the federation to its end."""
+    server, address = await _start_coordinator(children, config, out)
+    watching = asyncio.create_task(_watch(config.parent / "state" / "admin.sock", observed, display))
+    everyone = [server, *[await _start_client(children, name, path, address, out) for name, path in shards.items()]]
+    try:
+        async with asyncio.TaskGroup() as group:  # the first process that fails ends the demo
+            for child in everyone:
+                group.create_task(child.succeed())
+    except* ChoralError as failures:
+        raise failures.exceptions[0] from None
+    finally:
+        if not watching.done() and observed.outcome is None:
+            watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+    if observed.outcome is None or observed.outcome.state != pb.RUN_STATE_FINISHED:
+        raise ChoralError(f"the run did not finish; see {out / 'logs' / 'coordinator.log'}")
+
+
+async def _start_coordinator(children: Children, config: Path, out: Path) -> tuple[Child, str]:
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def listen(line: str) -> None:
+        if not ready.done() and '"coordinator ready"' in line:
+            ready.set_result(json.loads(line)["address"])
+
+    arguments = [*_CLI, "server", "--config", str(config), "--log-format", "json"]
+    child = await children.start("the coordinator", arguments, out / "logs" / "coordinator.log", listen)
+    failing = asyncio.create_task(child.succeed())
+    await asyncio.wait([ready, failing], return_when=asyncio.FIRST_COMPLETED)
+    if not ready.done():
+        await failing  # raises why it ended
+        raise ChoralError(f"the coordinator ended before it was ready; see {child.log}")
+    failing.cancel()
+    return child, ready.result()
+
+
+async def _start_client(children: Children, name: str, shard: Path, address: str, out: Path) -> Child:
+    options = {
+        "--name": name,
+        "--server": address,
+        "--task": TASK,
+        "--data": str(shard),
+        "--ca": str(out / "coordinator" / "ca.pem"),
+        "--state": str(shard.parent / "state"),
+        "--holdout": str(HOLDOUT),
+        "--threads": "1",
+    }
+    flags = [part for option in options.items() for part in option]
+    return await children.start(name, [*_CLI, "client", *flags], out / "logs" / f"{name}.log")
+
+
+async def _watch(socket: Path, observed: Observed, display: Display) -> None:
+    async with Operator(socket).stub() as admin:
+        async for change in admin.Watch(pb.WatchRequest()):
+            observed.take(change)
+            display.show(change)
+
+
+async def _compare(
+    children: Children, out: Path, shards: dict[str, Path], clients: Sequence[str], rounds: int, seed: int
+) -> tuple[dict[str, float], float]:
+    """Mean squared error on the test set of each device alone, and of all data pooled."""
+    free = asyncio.Semaphore(os.cpu_count() or 1)
+    test_set = out / "coordinator" / "test.csv"
+
+    async def measure(name: str, paths: Sequence[Path]) -> float:
+        async with free:
+            numbers = (str(rounds), str(seed), str(HOLDOUT))
+            arguments = ["-m", "choral_deploy.baseline", TASK, str(test_set), *numbers, *map(str, paths)]
+            child = await children.start(f"the comparison {name}", arguments, out / "logs" / f"{name}.log")
+            return float(json.loads(await child.succeed())[METRIC])
+
+    measured = await asyncio.gather(
+        measure("pooled", [shards[client] for client in clients]),
+        *(measure(f"{client}-alone", [shards[client]]) for client in clients),
+    )
+    return dict(zip(clients, measured[1:], strict=True)), measured[0]
+
+
+def _report(
+    observed: Observed,
+    out: Path,
+    clients: Sequence[str],
+    seed: int,
+    alone: dict[str, float],
+    pooled: float,
+    federated_s: float,
+    began: float,
+) -> Report:
+    versions = sorted(version for version in observed.test_mse if version > (observed.first_version or 0))
+    history = [observed.test_mse[version] for version in versions]
+    checkpoint = out / "model.safetensors"
+    shutil.copyfile(out / "coordinator" / "state" / "runs" / "boston" / "versions" / "latest.safetensors", checkpoint)
+    report = Report(
+        rounds=len(observed.round_s),
+        clients=list(clients),
+        seed=seed,
+        test_mse=history[-1],
+        best_mse=min(history),
+        alone_mse=alone,
+        pooled_mse=pooled,
+        round_s_p50=float(np.percentile(observed.round_s, 50)),
+        round_s_p95=float(np.percentile(observed.round_s, 95)),
+        federated_s=federated_s,
+        wall_s=time.monotonic() - began,
+        checkpoint=str(checkpoint),
+        plot=str(out / "plot.png"),
+        history=history,
+    )
+    report.draw(out / "plot.png")
+    (out / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+    return report

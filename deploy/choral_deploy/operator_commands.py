@@ -1,0 +1,218 @@
+"""`choral runs|rounds|clients|versions`: what operators see and do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's configuration file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+RunOption = Annotated[str, typer.Option("--run", help="Name of the run; the present one if not given.")]
+LimitOption = Annotated[int, typer.Option("--limit", min=1, help="How many, newest first.")]
+_DEFAULT = Path("choral.yaml")
+
+runs = typer.Typer(help="See and steer runs.", no_args_is_help=True)
+rounds = typer.Typer(help="See rounds, open one now.", no_args_is_help=True)
+clients = typer.Typer(help="See clients.", no_args_is_help=True)
+versions = typer.Typer(help="See versions of the model.", no_args_is_help=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Offer the commands."""
+    for name, group in {"runs": runs, "rounds": rounds, "clients": clients, "versions": versions}.items():
+        app.add_typer(group, name=name)
+
+
+@runs.command("list")
+def list_runs(config: ConfigOption = _DEFAULT, json: JsonOption = False) -> None:
+    """The runs."""
+    columns = {
+        "run": lambda run: run.name,
+        "task": lambda run: run.task,
+        "state": lambda run: _word(run, "state"),
+        "rounds": lambda run: f"{run.rounds_done}/{run.rounds_planned}",
+        "latest": lambda run: run.latest_version,
+        "best": lambda run: run.best_version if run.HasField("best_version") else "",
+        "next round": lambda run: _moment(run, "next_round_at"),
+        "reason": lambda run: run.reason,
+    }
+    _table(columns, _call(config, "ListRuns").runs, json)
+
+
+@runs.command()
+def start(
+    config: ConfigOption = _DEFAULT,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds to train; 0: as configured.")] = 0,
+    from_latest: Annotated[bool, typer.Option(help="Continue from the latest version of the run before.")] = False,
+) -> None:
+    """Start a further run."""
+    _say_run(_call(config, "StartRun", rounds=rounds, from_latest=from_latest).run)
+
+
+@runs.command()
+def pause(config: ConfigOption = _DEFAULT) -> None:
+    """Open no further round until resumed."""
+    _say_run(_call(config, "PauseRun").run)
+
+
+@runs.command()
+def resume(config: ConfigOption = _DEFAULT) -> None:
+    """Go on after a pause or a failure."""
+    _say_run(_call(config, "ResumeRun").run)
+
+
+@runs.command()
+def stop(config: ConfigOption = _DEFAULT) -> None:
+    """End the run; the round under way is abandoned."""
+    _say_run(_call(config, "StopRun").run)
+
+
+@runs.command()
+def watch(config: ConfigOption = _DEFAULT) -> None:
+    """Print every change, one JSON object a line, until interrupted."""
+    from google.protobuf.json_format import MessageToJson
+
+    from choral.v1 import admin_pb2
+    from choral_deploy.operator import Operator
+    from choral_server.config import load
+
+    async def follow() -> None:
+        async with Operator(load(config).admin_socket).stub() as admin:
+            async for change in admin.Watch(admin_pb2.WatchRequest()):
+                typer.echo(MessageToJson(change, preserving_proto_field_name=True, indent=None))
+
+    try:
+        asyncio.run(follow())
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@rounds.command("list")
+def list_rounds(config: ConfigOption = _DEFAULT, run: RunOption = "", limit: LimitOption = 20, json: JsonOption = False) -> None:
+    """The rounds of a run."""
+    columns = {
+        "round": lambda round: round.number,
+        "kind": lambda round: _word(round, "kind"),
+        "state": lambda round: _word(round, "state"),
+        "from version": lambda round: round.version,
+        "accepted": lambda round: f"{sum(part.state == 'accepted' for part in round.parts)}/{len(round.parts)}",
+        "seconds": lambda round: f"{round.duration_s:.3f}",
+        "reason": lambda round: round.reason,
+    }
+    _table(columns, _call(config, "ListRounds", run=run, limit=limit).rounds, json)
+
+
+@rounds.command()
+def show(number: int, config: ConfigOption = _DEFAULT, run: RunOption = "", json: JsonOption = False) -> None:
+    """One round, client by client."""
+    from choral.errors import ConfigError
+
+    found = [round for round in _call(config, "ListRounds", run=run, limit=2**31 - 1).rounds if round.number == number]
+    if not found:
+        raise ConfigError(f"round {number} is unknown; `choral rounds list` shows those that are kept")
+    columns = {
+        "client": lambda part: part.client,
+        "state": lambda part: part.state,
+        "examples": lambda part: part.examples,
+        "work": lambda part: _metrics(part.work),
+        "held out": lambda part: _metrics(part.held_out),
+        "reason": lambda part: part.reason,
+    }
+    _table(columns, found[0].parts, json)
+
+
+@rounds.command()
+def trigger(config: ConfigOption = _DEFAULT) -> None:
+    """Open the next round now, whatever the schedule says."""
+    _say_run(_call(config, "TriggerRound").run)
+
+
+@clients.command("list")
+def list_clients(config: ConfigOption = _DEFAULT, json: JsonOption = False) -> None:
+    """Every client that has attended since the coordinator started."""
+    columns = {
+        "client": lambda client: client.name,
+        "attending": lambda client: "yes" if client.attending else "no",
+        "examples": lambda client: client.examples,
+        "accepted": lambda client: client.accepted,
+        "software": lambda client: client.software,
+        "address": lambda client: client.address,
+        "last heard": lambda client: _moment(client, "heard_at"),
+        "reason": lambda client: client.reason,
+    }
+    _table(columns, _call(config, "ListClients").clients, json)
+
+
+@versions.command("list")
+def list_versions(config: ConfigOption = _DEFAULT, run: RunOption = "", limit: LimitOption = 20, json: JsonOption = False) -> None:
+    """The versions of a run."""
+    columns = {
+        "version": lambda version: version.version.number,
+        "on the test set": lambda version: _metrics(version.test),
+        "on clients": lambda version: _metrics(version.clients),
+        "bytes": lambda version: version.version.size_bytes,
+        "sha256": lambda version: version.version.digest.hex()[:12],
+        "published": lambda version: _moment(version, "published_at"),
+        "checkpoint": lambda version: version.checkpoint,
+    }
+    _table(columns, _call(config, "ListVersions", run=run, limit=limit).versions, json)
+
+
+def _call(config: Path, method: str, **fields: Any) -> Any:
+    """One unary call of the Admin service, with a request of these fields."""
+    from choral.v1 import admin_pb2
+    from choral_deploy.operator import Operator
+    from choral_server.config import load
+
+    async def call() -> Any:
+        async with Operator(load(config).admin_socket).stub() as admin:
+            return await getattr(admin, method)(getattr(admin_pb2, f"{method}Request")(**fields))
+
+    return asyncio.run(call())
+
+
+def _table(columns: dict[str, Callable[[Any], object]], rows: Iterable[Any], as_json: bool) -> None:
+    if as_json:
+        from google.protobuf.json_format import MessageToDict
+
+        _print_json(
+            [MessageToDict(row, preserving_proto_field_name=True, always_print_fields_with_no_presence=True) for row in rows]
+        )
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(read(row)) for read in columns.values()))
+    Console().print(table)
+
+
+def _print_json(value: Sequence[object]) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=1))
+
+
+def _say_run(run: Any) -> None:
+    typer.echo(f"run {run.name}: {_word(run, 'state')}" + (f" ({run.reason})" if run.reason else ""))
+
+
+def _word(message: Any, field: str) -> str:
+    """The last part of an enum value's name: RUN_STATE_IN_ROUND of field state is "in round"."""
+    descriptor = message.DESCRIPTOR.fields_by_name[field].enum_type
+    value: str = descriptor.values_by_number[getattr(message, field)].name
+    prefix = descriptor.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return value.removeprefix(prefix).replace("_", " ").lower()
+
+
+def _moment(message: Any, field: str) -> str:
+    return getattr(message, field).ToDatetime().strftime("%Y-%m-%d %H:%M:%S UTC") if message.HasField(field) else ""
+
+
+def _metrics(metrics: Iterable[Any]) -> str:
+    return ", ".join(f"{metric.name} {metric.value:.4g}" for metric in metrics)

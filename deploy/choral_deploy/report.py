@@ -1,0 +1,79 @@
+"""What a demo found: a table, a plot, and a JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a demo. `…_mse` are means of squared errors on the test set, `…_s` seconds; `history` is test_mse by round."""
+
+    rounds: int
+    clients: list[str]
+    seed: int
+    test_mse: float
+    best_mse: float
+    alone_mse: dict[str, float]
+    pooled_mse: float
+    round_s_p50: float
+    round_s_p95: float
+    federated_s: float
+    wall_s: float
+    checkpoint: str
+    plot: str
+    history: list[float]
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+    def print(self, console: Console) -> None:
+        """Show the table, and where the files are."""
+        table = Table(title=f"Boston housing, 102 homes that nobody trained on, after {self.rounds} rounds")
+        table.add_column("trained on")
+        table.add_column("mean squared error", justify="right")
+        table.add_column("typical error", justify="right")
+        rows = [(f"{name} alone, its own shard", mse) for name, mse in self.alone_mse.items()]
+        rows.append(("all data pooled, as nobody may", self.pooled_mse))
+        for what, mse in rows:
+            table.add_row(what, f"{mse:.2f}", _dollars(mse))
+        table.add_row("federated: data stays where it is", f"{self.test_mse:.2f}", _dollars(self.test_mse), style="bold green")
+        console.print(table)
+        console.print(
+            f"{self.rounds} rounds in {self.federated_s:.1f} s, {1000 * self.round_s_p50:.0f} ms each (median, training included)."
+        )
+        console.print(f"model   {self.checkpoint}\nplot    {self.plot}", soft_wrap=True, highlight=False)
+
+    def draw(self, path: Path) -> None:
+        """Save the plot as PNG."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.plot(
+            range(1, len(self.history) + 1), self.history, color="#1b7837", linewidth=2.2, label=f"federated: {self.test_mse:.1f}"
+        )
+        colours = ["#d6604d", "#f4a582", "#b2182b", "#fddbc7", "#67001f"]
+        for index, (name, mse) in enumerate(self.alone_mse.items()):
+            axes.axhline(mse, color=colours[index % len(colours)], linestyle="--", label=f"{name} alone: {mse:.1f}")
+        axes.axhline(self.pooled_mse, color="#2166ac", linestyle=":", linewidth=2, label=f"all data pooled: {self.pooled_mse:.1f}")
+        axes.set(
+            xlabel="round", ylabel="mean squared error on the test set", yscale="log", title="Together, without showing their data"
+        )
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        figure.savefig(path, dpi=130)
+
+
+def _dollars(mse: float) -> str:
+    return f"± ${1000 * mse**0.5:,.0f}"

@@ -1,0 +1,77 @@
+"""`choral server`: run a coordinator, prepare one, ask after its health."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(help="Run a coordinator.", invoke_without_command=True)
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's configuration file.")]
+_DEFAULT = Path("choral.yaml")
+
+
+@app.callback()
+def server(
+    context: typer.Context,
+    config: ConfigOption = _DEFAULT,
+    log_format: Annotated[Literal["console", "json"], typer.Option(help="How logs are written to standard error.")] = "console",
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="The least that is logged.")] = "info",
+) -> None:
+    """Run a coordinator until it is told to end (SIGTERM lets the round under way finish)."""
+    if context.invoked_subcommand is not None:
+        return
+    from choral import logs
+    from choral_deploy.cli import leave
+    from choral_server.app import serve
+    from choral_server.config import load
+
+    logs.configure(log_format, log_level)
+    leave(asyncio.run(serve(load(config))))
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder to prepare.")],
+    host: Annotated[list[str], typer.Option(help="Name or address by which clients reach this machine; once for each.")],
+    task: Annotated[str, typer.Option(help="module:attribute of the task.")] = "choral.tasks.boston_housing:task",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port for clients.")] = 8470,
+    clients: Annotated[int, typer.Option(min=1, help="How many clients take part in a round.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds to train.")] = 100,
+) -> None:
+    """Make a certificate authority, the server's certificate and a configuration file."""
+    from choral.errors import ConfigError
+    from choral_server.trust import make_authority
+
+    if (folder / _DEFAULT).exists():
+        raise ConfigError(f"{folder / _DEFAULT} exists already: choose another folder")
+    make_authority(folder, host)
+    (folder / _DEFAULT).write_text(_TEMPLATE.format(task=task, port=port, clients=clients, rounds=rounds), encoding="utf-8")
+    typer.echo(f"Prepared {folder}. Copy {folder / 'ca.pem'} to each client, then: choral server --config {folder / _DEFAULT}")
+
+
+@app.command()
+def health(config: ConfigOption = _DEFAULT) -> None:
+    """Say whether the coordinator with this configuration answers; exit code 0 if it does."""
+    from choral_deploy.operator import Operator
+    from choral_server.config import load
+
+    asyncio.run(Operator(load(config).admin_socket).health())
+    typer.echo("serving")
+
+
+_TEMPLATE = """\
+# A Choral coordinator. Every key is explained in docs/configuration.md.
+listen: 0.0.0.0:{port}
+tls:
+  certificate: server.pem
+  key: server.key
+state: state
+task: {task}
+run:
+  rounds: {rounds}
+  cohort_size: {clients}
+  deadline_s: 600
+"""

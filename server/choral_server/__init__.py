@@ -1,0 +1,1 @@
+"""The coordinator: holds the model, runs the rounds, averages the updates."""

@@ -1,0 +1,21 @@
+"""Who takes part in a round: a pure function of seed, round and who is there."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+
+def choose(seed: int, round: int, present: Iterable[str], size: int) -> tuple[str, ...]:
+    """`size` names (all, if fewer are there), uniformly at random, sorted by name. The order of `present` does not matter.
+
+    Each name draws a number by hashing; the lowest are chosen.
+    """
+    drawn = sorted(present, key=lambda name: hashlib.sha256(f"{seed}/{round}/{name}".encode()).digest())
+    return tuple(sorted(drawn[:size]))
+
+
+def selected(cohort_size: int, over_selection: float) -> int:
+    """How many to ask so that `cohort_size` answer: a share more, rounded up (Bonawitz et al. 2019, MLSys, section 9)."""
+    return math.ceil(round(cohort_size * (1 + over_selection), 9))

@@ -1,0 +1,321 @@
+"""The round as a state machine: (round, event) -> (round, actions). Pure: no input or output, no clock, no randomness.
+
+A part, one client's share of the round, moves through these phases; every other pair of event and phase changes nothing:
+
+    announced ─ downloading ─ working ─ uploading ──▶ accepted     a verified result arrived
+        │           └────────────┴──────────┴───────▶ declined     the client will not do it
+        │                                        └──▶ refused      the result cannot count
+        └──▶ absent ──▶ announced                                  the client left; it came back
+    anything still open when the round closes ──────▶ cancelled
+
+The round closes as done when `goal` results are accepted, or when at least `quorum` are and nobody is still at work; it is
+abandoned when a quorum has become impossible, at the deadline without one, and when an operator stops it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from choral.messages import Phase, Receipt, Verdict
+from choral.metrics import Metric
+from choral.plan import Kind
+
+
+class PartState(enum.Enum):
+    """Where one client's part stands."""
+
+    ANNOUNCED = "announced"
+    DOWNLOADING = "downloading"
+    WORKING = "working"
+    UPLOADING = "uploading"
+    ABSENT = "absent"
+    ACCEPTED = "accepted"
+    DECLINED = "declined"
+    REFUSED = "refused"
+    CANCELLED = "cancelled"
+
+
+AT_WORK = frozenset({PartState.ANNOUNCED, PartState.DOWNLOADING, PartState.WORKING, PartState.UPLOADING})
+OPEN_PARTS = AT_WORK | {PartState.ABSENT}
+
+
+class RoundState(enum.Enum):
+    """Where a round stands."""
+
+    OPEN = "open"
+    DONE = "done"
+    ABANDONED = "abandoned"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One client's part: `examples` is the weight of its accepted result."""
+
+    assignment: str
+    client: str
+    state: PartState = PartState.ANNOUNCED
+    reason: str = ""
+    examples: int = 0
+    held_out: tuple[Metric, ...] = ()
+    work: tuple[Metric, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A round: `parts` by assignment, `goal` and `quorum` in results, `duration_s` once it is over."""
+
+    run: str
+    number: int
+    kind: Kind
+    version: int
+    goal: int
+    quorum: int
+    parts: Mapping[str, Part]
+    opened_at: datetime
+    state: RoundState = RoundState.OPEN
+    reason: str = ""
+    duration_s: float = 0.0
+
+    def count(self, *states: PartState) -> int:
+        """How many parts are in one of these states."""
+        return sum(part.state in states for part in self.parts.values())
+
+    def part_of(self, client: str) -> Part | None:
+        """The client's part, if it has one."""
+        return next((part for part in self.parts.values() if part.client == client), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A verified result in the spool: the payload is the file at `path`."""
+
+    assignment: str
+    client: str
+    examples: int
+    held_out: tuple[Metric, ...]
+    work: tuple[Metric, ...]
+    path: Path
+
+
+def receipt_after(part: Part) -> Receipt:
+    """The receipt for a result that arrives after its part has ended."""
+    if part.state is PartState.ACCEPTED:
+        return Receipt(Verdict.DUPLICATE, "this result was accepted before and counts once")
+    verdict = Verdict.LATE if part.state is PartState.CANCELLED else Verdict.REFUSED
+    return Receipt(verdict, f"this part was {part.state.value}: {part.reason}")
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A client says how its part goes."""
+
+    assignment: str
+    phase: Phase
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A result arrived whole and was found admissible."""
+
+    upload: Upload
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A result arrived that cannot count."""
+
+    assignment: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A client's session ended."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A client attends again."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """Time is up."""
+
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The round must end now."""
+
+    reason: str
+
+
+Event = Reported | Arrived | Rejected | Left | Returned | DeadlinePassed | Stopped
+
+
+# Actions
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Tell the client of its part."""
+
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Give the receipt for an upload."""
+
+    upload: Upload
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Add an accepted upload to the aggregate."""
+
+    upload: Upload
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Tell the client that its part is no longer wanted."""
+
+    part: Part
+
+
+Action = Announce | Answer | Fold | Withdraw
+Step = tuple[Round, tuple[Action, ...]]
+
+
+def step(round: Round, event: Event) -> Step:
+    """What `event` makes of the round, and what must be done once that is stored."""
+    after, actions = _HANDLERS[type(event)](round, event)
+    settled, closing = _settle(after)
+    return settled, (*actions, *closing)
+
+
+def _reported(round: Round, event: Reported) -> Step:
+    part = round.parts.get(event.assignment)
+    if part is None or part.state not in OPEN_PARTS:
+        return round, ()
+    return _with(round, replace(part, state=PartState(event.phase.value), reason=event.reason)), ()
+
+
+def _arrived(round: Round, event: Arrived) -> Step:
+    upload = event.upload
+    part = round.parts.get(upload.assignment)
+    if part is None or part.client != upload.client:
+        reason = f"assignment {upload.assignment} was not given to {upload.client} in round {round.number}"
+        return round, (Answer(upload, Receipt(Verdict.REFUSED, reason)),)
+    if part.state not in OPEN_PARTS:
+        return round, (Answer(upload, receipt_after(part)),)
+    accepted = replace(
+        part,
+        state=PartState.ACCEPTED,
+        reason="",
+        examples=upload.examples,
+        held_out=upload.held_out,
+        work=upload.work,
+    )
+    return _with(round, accepted), (Answer(upload, Receipt(Verdict.ACCEPTED)), Fold(upload))
+
+
+def _rejected(round: Round, event: Rejected) -> Step:
+    part = round.parts.get(event.assignment)
+    if part is None or part.state not in OPEN_PARTS:
+        return round, ()
+    return _with(round, replace(part, state=PartState.REFUSED, reason=event.reason)), ()
+
+
+def _left(round: Round, event: Left) -> Step:
+    part = round.part_of(event.client)
+    if part is None or part.state not in AT_WORK:
+        return round, ()
+    return _with(round, replace(part, state=PartState.ABSENT, reason="the client left")), ()
+
+
+def _returned(round: Round, event: Returned) -> Step:
+    part = round.part_of(event.client)
+    if part is None or part.state not in OPEN_PARTS:
+        return round, ()
+    back = replace(part, state=PartState.ANNOUNCED, reason="")
+    return _with(round, back), (Announce(back),)
+
+
+def _deadline_passed(round: Round, event: DeadlinePassed) -> Step:
+    if round.count(PartState.ACCEPTED) >= round.quorum:
+        return _close(round, RoundState.DONE, f"the deadline of {event.deadline_s:g} s passed")
+    return _close(round, RoundState.ABANDONED, f"the deadline of {event.deadline_s:g} s passed: {_missing(round)}")
+
+
+def _stopped(round: Round, event: Stopped) -> Step:
+    return _close(round, RoundState.ABANDONED, event.reason)
+
+
+_HANDLERS: dict[type[Any], Callable[[Round, Any], Step]] = {
+    Reported: _reported,
+    Arrived: _arrived,
+    Rejected: _rejected,
+    Left: _left,
+    Returned: _returned,
+    DeadlinePassed: _deadline_passed,
+    Stopped: _stopped,
+}
+
+
+def _settle(round: Round) -> Step:
+    """Close the round if its fate is decided."""
+    if round.state is not RoundState.OPEN:
+        return round, ()
+    accepted = round.count(PartState.ACCEPTED)
+    if accepted >= round.goal:
+        return _close(round, RoundState.DONE, "the goal was reached")
+    if accepted + round.count(*OPEN_PARTS) < round.quorum:
+        return _close(round, RoundState.ABANDONED, _missing(round))
+    if accepted >= round.quorum and round.count(*AT_WORK) == 0:
+        return _close(round, RoundState.DONE, "everyone still here had answered")
+    return round, ()
+
+
+def _close(round: Round, state: RoundState, why: str) -> Step:
+    if round.state is not RoundState.OPEN:
+        return round, ()
+    cancelled = {
+        part.assignment: replace(part, state=PartState.CANCELLED, reason=f"round {round.number} closed: {why}")
+        for part in round.parts.values()
+        if part.state in OPEN_PARTS
+    }
+    reason = why if state is RoundState.ABANDONED else ""
+    closed = replace(round, state=state, reason=reason, parts={**round.parts, **cancelled})
+    return closed, tuple(Withdraw(part) for part in cancelled.values())
+
+
+def _missing(round: Round) -> str:
+    """Why there is no quorum, client by client."""
+    told = "; ".join(
+        f"{part.client} {part.state.value}" + (f" ({part.reason})" if part.reason else "")
+        for part in round.parts.values()
+        if part.state is not PartState.ACCEPTED
+    )
+    return f"quorum of {round.quorum} missed with {round.count(PartState.ACCEPTED)} accepted: {told}"
+
+
+def _with(round: Round, part: Part) -> Round:
+    return replace(round, parts={**round.parts, part.assignment: part})

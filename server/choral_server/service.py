@@ -1,0 +1,158 @@
+"""The Federation servicer: translate, check the bytes, call the coordinator. No decisions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+import structlog
+from choral import wire
+from choral.errors import ChoralError, CorruptTransfer, InvalidMessage, Refused, UnknownVersion, UpdateRefused
+from choral.messages import Heartbeat, Hello, Receipt, Status, UploadHeader, Verdict
+from choral.status import abort
+from choral.v1 import federation_pb2 as pb
+from choral.v1 import federation_pb2_grpc
+
+from choral_server.coordinator import Coordinator
+from choral_server.intake import Spool, check_payload
+from choral_server.rounds import Upload
+from choral_server.sessions import Session, Sessions
+
+log = structlog.get_logger()
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class FederationService(federation_pb2_grpc.FederationServicer):
+    """What clients reach."""
+
+    def __init__(self, coordinator: Coordinator, sessions: Sessions, spool: Spool, heartbeat_s: float) -> None:
+        self._coordinator = coordinator
+        self._sessions = sessions
+        self._spool = spool
+        self._silence_s = 3 * heartbeat_s
+
+    async def Attend(self, requests: AsyncIterator[pb.AttendRequest], context: Context) -> AsyncIterator[pb.AttendResponse]:
+        """Admit the client, then pass on what is said until either side ends the stream."""
+        try:
+            session = await self._admit(requests, context.peer())
+        except ChoralError as error:
+            log.warning("client refused", address=context.peer(), reason=str(error))
+            await abort(context, error)
+        reading = asyncio.create_task(self._listen(session, requests))
+        try:
+            yield wire.from_coordinator_to_pb(self._coordinator.joined(session))
+            async with aclosing(session.said()) as said:
+                async for message in said:
+                    yield wire.from_coordinator_to_pb(message)
+            if reading.done() and (failure := reading.exception()) is not None:
+                await abort(context, failure if isinstance(failure, ChoralError) else InvalidMessage(str(failure)))
+        finally:
+            reading.cancel()
+            if self._sessions.leave(session):
+                self._coordinator.left(session, _why(reading))
+
+    async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.DownloadResponse]:
+        """Send a checkpoint file's bytes as they lie."""
+        path = self._coordinator.run.checkpoints.path(request.version)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            await abort(context, UnknownVersion(f"version {request.version} is not kept any more: ask for the one announced last"))
+        if not 0 <= request.offset <= len(content):
+            await abort(
+                context, InvalidMessage(f"offset {request.offset} is outside the {len(content)} bytes of version {request.version}")
+            )
+        view = memoryview(content)
+        for offset in range(request.offset, len(content), wire.CHUNK_BYTES):
+            yield pb.DownloadResponse(chunk=wire.chunk(view, offset))
+
+    async def Upload(self, requests: AsyncIterator[pb.UploadRequest], context: Context) -> pb.UploadResponse:
+        """Take in one result and answer with its receipt."""
+        try:
+            first = await anext(requests, None)
+            if first is None or first.WhichOneof("message") != "header":
+                raise InvalidMessage("an upload begins with its header")
+            return wire.receipt_to_pb(await self._take(wire.header_from_pb(first.header), requests))
+        except ChoralError as error:
+            log.warning("upload broken", address=context.peer(), reason=str(error))
+            await abort(context, error)
+
+    async def _admit(self, requests: AsyncIterator[pb.AttendRequest], address: str) -> Session:
+        try:
+            async with asyncio.timeout(self._silence_s):
+                first = await anext(requests, None)
+        except TimeoutError:
+            first = None
+        hello = wire.from_client_from_pb(first) if first is not None else None
+        if not isinstance(hello, Hello):
+            raise InvalidMessage("an attendance begins with a hello")
+        if self._coordinator.draining:
+            raise Refused("the coordinator is about to end")
+        return self._sessions.admit(hello, address)
+
+    async def _listen(self, session: Session, requests: AsyncIterator[pb.AttendRequest]) -> None:
+        """Read what the client says until it stops, breaks the contract, or falls silent; then close the session."""
+        try:
+            while True:
+                async with asyncio.timeout(self._silence_s):
+                    request = await anext(requests, None)
+                if request is None:
+                    return
+                match wire.from_client_from_pb(request):
+                    case Status() as status:
+                        self._coordinator.reported(session, status)
+                    case Heartbeat():
+                        self._coordinator.heard(session)
+                    case Hello():
+                        raise InvalidMessage("a second hello on one stream")
+        except TimeoutError:
+            raise InvalidMessage(f"nothing heard for {self._silence_s:g} s; heartbeats are due three times as often") from None
+        finally:
+            session.close()
+
+    async def _take(self, header: UploadHeader, requests: AsyncIterator[pb.UploadRequest]) -> Receipt:
+        try:
+            settled = self._coordinator.expects(header)
+            if settled is not None:
+                return settled
+            path = await self._spool.store(header.payload_bytes, _pieces(header, requests))
+            run = self._coordinator.run
+            try:
+                await asyncio.to_thread(check_payload, header, path, run.settings.cohort_size, run.model.features)
+            except ChoralError as error:
+                path.unlink()
+                self._coordinator.reject(header, str(error))
+                raise UpdateRefused(str(error)) from error
+        except UpdateRefused as error:
+            return Receipt(Verdict.REFUSED, str(error))
+        return await self._coordinator.submit(
+            Upload(header.assignment, header.client, header.examples, header.held_out, header.work, path)
+        )
+
+
+async def _pieces(header: UploadHeader, requests: AsyncIterator[pb.UploadRequest]) -> AsyncIterator[bytes]:
+    """The verified bytes of an upload's chunks, up to its trailer."""
+    received = count = 0
+    async for request in requests:
+        match request.WhichOneof("message"):
+            case "chunk":
+                piece = wire.verified(request.chunk, received, header.payload_bytes)
+                received += len(piece)
+                count += 1
+                yield piece
+            case "trailer":
+                if request.trailer.chunks != count:
+                    raise CorruptTransfer(f"{count} chunks arrived where {request.trailer.chunks} were sent: send it again")
+                return
+            case _:
+                raise InvalidMessage("an upload is one header, its chunks, and one trailer")
+    raise CorruptTransfer("the upload ended without its trailer: send it again")
+
+
+def _why(reading: asyncio.Task[None]) -> str:
+    if reading.done() and not reading.cancelled() and (failure := reading.exception()) is not None:
+        return str(failure)
+    return "it left" if reading.done() else "the link broke"

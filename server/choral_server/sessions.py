@@ -1,0 +1,116 @@
+"""Who attends now."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from choral.errors import InvalidMessage, ManifestMismatch, NameTaken, TaskMismatch
+from choral.manifest import Manifest, first_difference
+from choral.messages import FromCoordinator, Hello
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """One client's open stream. What is said to the client waits in `outbox`; None closes the stream."""
+
+    client: str
+    instance: str
+    examples: int
+    software: str
+    address: str
+    outbox: asyncio.Queue[FromCoordinator | None] = field(default_factory=asyncio.Queue)
+
+    def say(self, message: FromCoordinator) -> None:
+        """Send `message` when the stream can take it."""
+        self.outbox.put_nowait(message)
+
+    def close(self) -> None:
+        """End the stream after what was said."""
+        self.outbox.put_nowait(None)
+
+    async def said(self) -> AsyncGenerator[FromCoordinator]:
+        """What is to be sent, in order, until the stream is closed."""
+        while (message := await self.outbox.get()) is not None:
+            yield message
+
+
+class Sessions:
+    """The open streams by client name, for clients of one task."""
+
+    def __init__(self, task: str, task_version: str, manifest: Manifest) -> None:
+        self._task = task
+        self._task_version = task_version
+        self._manifest = manifest
+        self._open: dict[str, Session] = {}
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def admit(self, hello: Hello, address: str) -> Session:
+        """Open a session. The same start of a client takes over from its own broken stream.
+
+        Raises InvalidMessage, TaskMismatch, ManifestMismatch or NameTaken.
+        """
+        self._check(hello)
+        before = self._open.get(hello.client)
+        if before is not None and before.instance != hello.instance:
+            raise NameTaken(f"a client named {hello.client} attends already, from {before.address}: give this one another name")
+        if before is not None:
+            before.close()
+        session = Session(hello.client, hello.instance, hello.examples, hello.software, address)
+        self._open[hello.client] = session
+        self._empty.clear()
+        return session
+
+    def leave(self, session: Session) -> bool:
+        """End a session; False if another has taken its place."""
+        session.close()
+        if self._open.get(session.client) is not session:
+            return False
+        del self._open[session.client]
+        if not self._open:
+            self._empty.set()
+        return True
+
+    def present(self) -> tuple[str, ...]:
+        """Names of the clients that attend."""
+        return tuple(self._open)
+
+    def say(self, client: str, message: FromCoordinator) -> None:
+        """Say something to a client, if it attends."""
+        session = self._open.get(client)
+        if session is not None:
+            session.say(message)
+
+    def say_all(self, message: FromCoordinator) -> None:
+        """Say something to everyone who attends."""
+        for session in self._open.values():
+            session.say(message)
+
+    async def emptied(self) -> None:
+        """Wait until nobody attends."""
+        await self._empty.wait()
+
+    def _check(self, hello: Hello) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", hello.client):
+            raise InvalidMessage(f"client name {hello.client[:80]!r}: use 1 to 64 letters, digits, dots, dashes and underscores")
+        if hello.task != self._task:
+            raise TaskMismatch(f"this coordinator trains task {self._task}; client {hello.client} has {hello.task}: give it --task")
+        if hello.task_version != self._task_version:
+            raise TaskMismatch(
+                f"this coordinator trains version {self._task_version} of task {self._task}; client {hello.client} has version "
+                f"{hello.task_version}: install the same version of the task's code"
+            )
+        difference = first_difference(self._manifest, hello.manifest)
+        if difference is not None:
+            raise ManifestMismatch(
+                f"the model of client {hello.client} is not the coordinator's: {difference}: "
+                "install the same version of the task's code"
+            )
+        if hello.examples < 1:
+            raise InvalidMessage(f"client {hello.client} has {hello.examples} examples; at least 1 is needed")

@@ -1,0 +1,23 @@
+"""The aggregate of a statistics round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from choral.statistics import Moments
+
+
+class StatisticsSum:
+    """Each client's moments; merged in the order of the clients' names, so that the order of arrival changes no bit."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Moments] = {}
+
+    def fold(self, path: Path, client: str) -> None:
+        """Add the statistics in the file at `path`."""
+        self._parts[client] = Moments.from_vector(np.fromfile(path, dtype="<f8"))
+
+    def parts(self) -> list[Moments]:
+        """The moments, in the order of the clients' names."""
+        return [self._parts[client] for client in sorted(self._parts)]

@@ -1,0 +1,195 @@
+"""What the coordinator knows: runs, rounds, versions and clients, and whoever watches them change.
+
+The state of a run that must survive a restart (how far it is, which version is current) is a small JSON file that is replaced
+atomically. Rounds, clients and measurements are kept in memory, the newest first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import json
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+from choral.errors import ConfigError
+from choral.messages import VersionRef
+from choral.metrics import Metric
+
+from choral_server.objective import Progress
+from choral_server.rounds import Round
+
+K = TypeVar("K")
+R = TypeVar("R")
+_KEPT = 1000  # rounds and versions held in memory
+_WATCH_QUEUE = 10_000  # changes that a slow watcher may be behind
+
+
+class RunState(enum.Enum):
+    """Where a run stands."""
+
+    WAITING = "waiting"
+    IN_ROUND = "in round"
+    PAUSED = "paused"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+OVER = frozenset({RunState.FINISHED, RunState.STOPPED})
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run: how far it is, and why it stands where it stands."""
+
+    name: str
+    task: str
+    task_version: str
+    rounds_planned: int
+    started_at: datetime
+    state: RunState = RunState.WAITING
+    reason: str = ""
+    rounds_done: int = 0
+    next_round: int = 0
+    latest: int = 0
+    has_statistics: bool = False
+    paused: bool = False
+    progress: Progress = Progress()
+    next_round_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """A version: where it is, and how good."""
+
+    run: str
+    version: VersionRef
+    checkpoint: Path
+    published_at: datetime
+    test: tuple[Metric, ...] = ()
+    clients: tuple[Metric, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRecord:
+    """A client that has attended since the coordinator started; `accepted` counts its results."""
+
+    name: str
+    attending: bool
+    examples: int
+    software: str
+    address: str
+    heard_at: datetime
+    accepted: int = 0
+    reason: str = ""
+
+
+Record = RunRecord | Round | VersionRecord | ClientRecord
+
+
+class Store:
+    """The records. `save` makes a change known to all readers and watchers at once."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self.runs: OrderedDict[str, RunRecord] = OrderedDict()
+        self.rounds: OrderedDict[tuple[str, int], Round] = OrderedDict()
+        self.versions: OrderedDict[tuple[str, int], VersionRecord] = OrderedDict()
+        self.clients: dict[str, ClientRecord] = {}
+        self._watchers: set[asyncio.Queue[Record | None]] = set()
+
+    def run_folder(self, run: str) -> Path:
+        """Where a run keeps its state and its versions."""
+        return self._folder / "runs" / run
+
+    def save(self, *records: Record) -> None:
+        """Keep the records, each in place of its predecessor; a run's durable part is on disk when this returns."""
+        for record in records:
+            match record:
+                case RunRecord():
+                    self._save_run(record)
+                case Round():
+                    _keep(self.rounds, (record.run, record.number), record)
+                case VersionRecord():
+                    _keep(self.versions, (record.run, record.version.number), record)
+                case ClientRecord():
+                    self.clients[record.name] = record
+            self._tell(record)
+
+    def load_run(self, name: str) -> RunRecord | None:
+        """A run as an earlier process left it, or None. Raises ConfigError: its file is damaged."""
+        path = self.run_folder(name) / "run.json"
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content |= {
+                "state": RunState(content["state"]),
+                "progress": Progress(**content["progress"]),
+                "started_at": datetime.fromisoformat(content["started_at"]),
+            }
+            return RunRecord(**content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: is damaged ({error}): give the run another name, or restore the file") from error
+
+    async def watch(self) -> AsyncIterator[Record]:
+        """All runs and clients as they are, then every change. Ends when the reader falls too far behind."""
+        queue: asyncio.Queue[Record | None] = asyncio.Queue(_WATCH_QUEUE)
+        present: list[Record] = [*self.runs.values(), *self.clients.values()]
+        for record in present:
+            queue.put_nowait(record)
+        self._watchers.add(queue)
+        try:
+            while (change := await queue.get()) is not None:
+                yield change
+        finally:
+            self._watchers.discard(queue)
+
+    def end_watches(self) -> None:
+        """End every watch after what it has not read yet."""
+        for queue in self._watchers:
+            if not queue.full():
+                queue.put_nowait(None)
+
+    def _save_run(self, record: RunRecord) -> None:
+        before = self.runs.get(record.name)
+        durable = replace(record, next_round_at=None)
+        if before is None or replace(before, next_round_at=None) != durable:
+            content = asdict(durable)
+            del content["next_round_at"]
+            content |= {"state": record.state.value, "started_at": record.started_at.isoformat()}
+            _replace_file(self.run_folder(record.name) / "run.json", json.dumps(content, indent=1))
+        self.runs[record.name] = record
+
+    def _tell(self, record: Record) -> None:
+        for queue in list(self._watchers):
+            if queue.full():
+                self._watchers.discard(queue)
+                queue.get_nowait()
+                queue.put_nowait(None)
+            else:
+                queue.put_nowait(record)
+
+
+def newest(records: Iterable[R], limit: int) -> list[R]:
+    """The last `limit` records, newest first."""
+    return list(records)[::-1][:limit]
+
+
+def _keep(kept: OrderedDict[K, R], key: K, record: R) -> None:
+    kept[key] = record
+    if len(kept) > _KEPT:
+        kept.popitem(last=False)
+
+
+def _replace_file(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

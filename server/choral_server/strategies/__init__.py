@@ -1,0 +1,1 @@
+"""How the mean of the updates becomes the next model: one paper a file."""
