@@ -30,6 +30,7 @@ from choral.messages import (
     VersionRef,
     Welcome,
 )
+from choral.wire import CHUNK_BYTES
 
 from choral_client.backoff import full_jitter
 from choral_client.diary import Diary
@@ -159,13 +160,14 @@ class Agent:
     async def _answer(self, assignment: Assignment, stream: Attendance, stop: threading.Event) -> None:
         """Do an assignment and send the result, or say why not."""
         log.info("working", round=assignment.round, kind=assignment.plan.kind.value, version=assignment.version.number)
-        self._diary.write("working", round=assignment.round)
         try:
-            await stream.say(Status(assignment.id, Phase.DOWNLOADING))
+            if not self._holds(assignment.version):
+                await stream.say(Status(assignment.id, Phase.DOWNLOADING))
             checkpoint = await self._obtain(assignment.version)
             await stream.say(Status(assignment.id, Phase.WORKING))
             result = await self._thread.do(partial(self._work.do, assignment.plan, checkpoint, stop))
-            await stream.say(Status(assignment.id, Phase.UPLOADING))
+            if len(result.payload) > CHUNK_BYTES:  # a small one arrives as soon as the word of it
+                await stream.say(Status(assignment.id, Phase.UPLOADING))
             header = UploadHeader(
                 assignment=assignment.id,
                 client=self._hello.client,
@@ -185,8 +187,8 @@ class Agent:
         else:
             told = log.info if receipt.verdict is Verdict.ACCEPTED else log.warning
             measured = {metric.name: round(metric.value, 4) for metric in (*result.work, *result.held_out)}
+            self._diary.write("attending", round=assignment.round)
             told("sent", round=assignment.round, verdict=receipt.verdict.value, reason=receipt.reason, **measured)
-        self._diary.write("attending", round=assignment.round)
 
     async def _send(self, header: UploadHeader, payload: memoryview) -> Receipt:
         for attempt in itertools.count(1):
@@ -202,11 +204,14 @@ class Agent:
     async def _obtain(self, version: VersionRef) -> bytes:
         """The checkpoint of a version: the one held, or a download that is then held. One at a time."""
         async with self._fetching:
-            if self._held is None or self._held[0] != version:
+            if self._held is None or not self._holds(version):
                 content = await self._transport.download(version)
                 self._held = version, content
                 await self._thread.do(partial(_replace_file, self._model_path, content))
             return self._held[1]
+
+    def _holds(self, version: VersionRef) -> bool:
+        return self._held is not None and self._held[0] == version
 
     async def _fetch_for_keeping(self, version: VersionRef) -> bytes:
         try:

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import ConcatDataset, TensorDataset
-
 from choral.evaluation import evaluate
 from choral.standardize import standardize_of
 from choral.statistics import Moments, merge_all
 from choral.task import Task, load_task
 from choral_client.data import load_shard
 from choral_client.train import fit
+from torch.utils.data import ConcatDataset, TensorDataset
 
 
 def train(task: Task, shards: Sequence[Path], test_set: Path, rounds: int, seed: int, holdout: float) -> dict[str, float]:

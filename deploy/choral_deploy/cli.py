@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from typing import Annotated
 
 import typer
-
 from choral import __version__
 from choral.errors import ChoralError
 

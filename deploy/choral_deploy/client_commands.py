@@ -48,6 +48,7 @@ def client(
     }
     from choral import logs
     from choral_client.app import attend
+
     from choral_deploy.cli import leave
 
     logs.configure(log_format, log_level)

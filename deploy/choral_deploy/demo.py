@@ -13,23 +13,25 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-
 from choral.errors import ChoralError, ConfigError
 from choral.metrics import value_of
+from choral.plan import Kind
 from choral.tasks.shards import deal
 from choral.v1 import admin_pb2 as pb
-from choral.wire import metrics_from_pb
+from choral.wire import KINDS, metrics_from_pb
+from choral_server.trust import make_authority
+
 from choral_deploy.display import Display
 from choral_deploy.operator import Operator
 from choral_deploy.processes import Child, Children, started
 from choral_deploy.report import Report
-from choral_server.trust import make_authority
 
 TASK = "choral.tasks.boston_housing:task"
 HOLDOUT = 0.1
 METRIC = "mse"
 _MARK = ".choral-demo"
 _CLI = ("-m", "choral_deploy.cli")
+_TRAINING = KINDS[Kind.TRAINING]
 _NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy")
 
 
@@ -50,16 +52,11 @@ class Observed:
                 if mse is not None:
                     self.test_mse[change.version.version.number] = mse
             case "round":
-                if change.round.kind == pb.Round().kind or change.round.state != pb.ROUND_STATE_DONE:
-                    return
-                if change.round.duration_s > 0 and change.round.kind == _TRAINING:
+                if change.round.duration_s > 0 and (change.round.kind, change.round.state) == (_TRAINING, pb.ROUND_STATE_DONE):
                     self.round_s.append(change.round.duration_s)
                     self.first_version = change.round.version if self.first_version is None else self.first_version
             case "run":
                 self.outcome = change.run
-
-
-_TRAINING = pb.Round.DESCRIPTOR.fields_by_name["kind"].enum_type.values_by_name["ROUND_KIND_TRAINING"].number
 
 
 def names(count: int) -> list[str]:
@@ -68,7 +65,7 @@ def names(count: int) -> list[str]:
 
 
 async def run(rounds: int, clients: Sequence[str], seed: int, out: Path) -> Report:
-    """Train, compare, and leave everything in `out`. Raises ConfigError: `out` is somebody else's; ChoralError: a process failed."""
+    """Train, compare, and leave all of it in `out`. Raises ConfigError: `out` is somebody else's; ChoralError: a process failed."""
     began = time.monotonic()
     _prepare(out)
     shards = deal("boston_housing", clients, out, seed)
@@ -145,13 +142,14 @@ async def _start_coordinator(children: Children, config: Path, out: Path) -> tup
 
     arguments = [*_CLI, "server", "--config", str(config), "--log-format", "json"]
     child = await children.start("the coordinator", arguments, out / "logs" / "coordinator.log", listen)
-    failing = asyncio.create_task(child.succeed())
-    await asyncio.wait([ready, failing], return_when=asyncio.FIRST_COMPLETED)
-    if not ready.done():
-        await failing  # raises why it ended
-        raise ChoralError(f"the coordinator ended before it was ready; see {child.log}")
-    failing.cancel()
-    return child, ready.result()
+    child.following.add_done_callback(lambda _: ready.cancel())
+    try:
+        return child, await ready
+    except asyncio.CancelledError:
+        if not child.following.done():
+            raise  # the demo was interrupted
+        await child.succeed()  # raises why it ended
+        raise ChoralError(f"the coordinator ended before it was ready; see {child.log}") from None
 
 
 async def _start_client(children: Children, name: str, shard: Path, address: str, out: Path) -> Child:

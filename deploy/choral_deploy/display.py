@@ -6,12 +6,11 @@ import sys
 from types import TracebackType
 from typing import Self
 
+from choral.v1 import admin_pb2 as pb
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
-from choral.v1 import admin_pb2 as pb
 
 _LINE_EVERY = 10  # rounds between two lines where the output is no terminal
 

@@ -7,11 +7,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from choral.errors import Unreachable
 from choral.status import from_rpc
 from choral.v1 import admin_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 
 class Operator:
@@ -29,7 +28,7 @@ class Operator:
     async def health(self) -> None:
         """Return if the coordinator serves. Raises Unreachable."""
         async with self._channel() as channel:
-            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())  # type: ignore[attr-defined]
             if answer.status != health_pb2.HealthCheckResponse.SERVING:
                 raise Unreachable(f"the coordinator behind {self._socket} says that it does not serve")
 

@@ -74,11 +74,11 @@ def stop(config: ConfigOption = _DEFAULT) -> None:
 @runs.command()
 def watch(config: ConfigOption = _DEFAULT) -> None:
     """Print every change, one JSON object a line, until interrupted."""
+    from choral.v1 import admin_pb2
+    from choral_server.config import load
     from google.protobuf.json_format import MessageToJson
 
-    from choral.v1 import admin_pb2
     from choral_deploy.operator import Operator
-    from choral_server.config import load
 
     async def follow() -> None:
         async with Operator(load(config).admin_socket).stub() as admin:
@@ -165,8 +165,9 @@ def list_versions(config: ConfigOption = _DEFAULT, run: RunOption = "", limit: L
 def _call(config: Path, method: str, **fields: Any) -> Any:
     """One unary call of the Admin service, with a request of these fields."""
     from choral.v1 import admin_pb2
-    from choral_deploy.operator import Operator
     from choral_server.config import load
+
+    from choral_deploy.operator import Operator
 
     async def call() -> Any:
         async with Operator(load(config).admin_socket).stub() as admin:

@@ -24,9 +24,10 @@ def server(
     if context.invoked_subcommand is not None:
         return
     from choral import logs
-    from choral_deploy.cli import leave
     from choral_server.app import serve
     from choral_server.config import load
+
+    from choral_deploy.cli import leave
 
     logs.configure(log_format, log_level)
     leave(asyncio.run(serve(load(config))))
@@ -55,8 +56,9 @@ def init(
 @app.command()
 def health(config: ConfigOption = _DEFAULT) -> None:
     """Say whether the coordinator with this configuration answers; exit code 0 if it does."""
-    from choral_deploy.operator import Operator
     from choral_server.config import load
+
+    from choral_deploy.operator import Operator
 
     asyncio.run(Operator(load(config).admin_socket).health())
     typer.echo("serving")

@@ -45,7 +45,8 @@ _OPTIONS = [
 async def serve(config: ServerConfig, ready: Callable[[HostPort], None] = lambda address: None) -> int:
     """Run the coordinator until SIGTERM or, if configured, until the run is over. Returns the exit code.
 
-    `ready` is called with the address in use once clients can come. Raises ConfigError, TaskError, DataError, AddressError, TrustError.
+    `ready` is called with the address in use once clients can come. Raises ConfigError, TaskError, DataError, AddressError or
+    TrustError.
     """
     task = load_task(config.task)
     test_set = task.examples(config.evaluation.test_set) if config.evaluation.test_set is not None else None

@@ -26,7 +26,7 @@ from choral_server.rounds import Round
 K = TypeVar("K")
 R = TypeVar("R")
 _KEPT = 1000  # rounds and versions held in memory
-_WATCH_QUEUE = 10_000  # changes that a slow watcher may be behind
+_UNREAD = 10_000  # states that a slow watcher may be behind; older ones are dropped
 
 
 class RunState(enum.Enum):
@@ -102,7 +102,7 @@ class Store:
         self.rounds: OrderedDict[tuple[str, int], Round] = OrderedDict()
         self.versions: OrderedDict[tuple[str, int], VersionRecord] = OrderedDict()
         self.clients: dict[str, ClientRecord] = {}
-        self._watchers: set[asyncio.Queue[Record | None]] = set()
+        self._watchers: set[_Watcher] = set()
 
     def run_folder(self, run: str) -> Path:
         """Where a run keeps its state and its versions."""
@@ -120,7 +120,8 @@ class Store:
                     _keep(self.versions, (record.run, record.version.number), record)
                 case ClientRecord():
                     self.clients[record.name] = record
-            self._tell(record)
+            for watcher in self._watchers:
+                watcher.tell(record)
 
     def load_run(self, name: str) -> RunRecord | None:
         """A run as an earlier process left it, or None. Raises ConfigError: its file is damaged."""
@@ -139,23 +140,25 @@ class Store:
             raise ConfigError(f"{path}: is damaged ({error}): give the run another name, or restore the file") from error
 
     async def watch(self) -> AsyncIterator[Record]:
-        """All runs and clients as they are, then every change. Ends when the reader falls too far behind."""
-        queue: asyncio.Queue[Record | None] = asyncio.Queue(_WATCH_QUEUE)
+        """All runs and clients as they are, then every change; a reader that is behind gets only the newest state of each."""
+        watcher = _Watcher()
         present: list[Record] = [*self.runs.values(), *self.clients.values()]
         for record in present:
-            queue.put_nowait(record)
-        self._watchers.add(queue)
+            watcher.tell(record)
+        self._watchers.add(watcher)
         try:
-            while (change := await queue.get()) is not None:
-                yield change
+            while True:
+                for record in await watcher.news():
+                    yield record
+                if watcher.ended:
+                    return
         finally:
-            self._watchers.discard(queue)
+            self._watchers.discard(watcher)
 
     def end_watches(self) -> None:
         """End every watch after what it has not read yet."""
-        for queue in self._watchers:
-            if not queue.full():
-                queue.put_nowait(None)
+        for watcher in self._watchers:
+            watcher.end()
 
     def _save_run(self, record: RunRecord) -> None:
         before = self.runs.get(record.name)
@@ -167,14 +170,42 @@ class Store:
             _replace_file(self.run_folder(record.name) / "run.json", json.dumps(content, indent=1))
         self.runs[record.name] = record
 
-    def _tell(self, record: Record) -> None:
-        for queue in list(self._watchers):
-            if queue.full():
-                self._watchers.discard(queue)
-                queue.get_nowait()
-                queue.put_nowait(None)
-            else:
-                queue.put_nowait(record)
+
+class _Watcher:
+    """What one reader has not read yet: the newest state of each run, round, version and client that changed."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._news: dict[tuple[object, ...], Record] = {}
+        self._any = asyncio.Event()
+
+    def tell(self, record: Record) -> None:
+        key = _key(record)
+        self._news.pop(key, None)  # so that it moves to the end
+        self._news[key] = record
+        if len(self._news) > _UNREAD:
+            del self._news[next(iter(self._news))]
+        self._any.set()
+
+    def end(self) -> None:
+        self.ended = True
+        self._any.set()
+
+    async def news(self) -> list[Record]:
+        await self._any.wait()
+        self._any.clear()
+        unread, self._news = self._news, {}
+        return list(unread.values())
+
+
+def _key(record: Record) -> tuple[object, ...]:
+    match record:
+        case Round():
+            return Round, record.run, record.number
+        case VersionRecord():
+            return VersionRecord, record.run, record.version.number
+        case RunRecord() | ClientRecord():
+            return type(record), record.name
 
 
 def newest(records: Iterable[R], limit: int) -> list[R]:
