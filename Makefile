@@ -1,0 +1,45 @@
+# Everything sets itself up: `make demo` and `make test` need only Python 3.11 or later and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint protos bench wheel clean
+
+demo: $(READY)
+	$(BIN)/choral demo --out out
+
+test: $(READY)
+	$(BIN)/pytest tests
+
+# Reinstalls only when what is to be installed has changed.
+$(READY): pyproject.toml deploy/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Choral needs Python 3.11 or later; run make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[dev]'
+	touch $@
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/released.binpb
+
+# Regenerate the stubs, and take the contract as it is now for the one that later changes must not break.
+protos: $(READY)
+	$(BIN)/buf lint
+	test ! -e protos/released.binpb || $(BIN)/buf breaking --against protos/released.binpb
+	protos/generate.sh
+	$(BIN)/buf build --exclude-source-info -o protos/released.binpb
+
+bench: $(READY)
+	$(BIN)/python benchmarks/rounds.py --clients 2
+	$(BIN)/python benchmarks/rounds.py --clients 10
+
+wheel: $(READY)
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) .venv-protos dist out
