@@ -28,13 +28,13 @@ async def attend(config: ClientConfig) -> None:
     Raises ConfigError, TaskError, DataError, TrustError, Unreachable, or a Refused with the coordinator's reason.
     """
     try:
-        config.state.mkdir(parents=True, exist_ok=True)
+        config.folder.mkdir(parents=True, exist_ok=True)
         ca = config.ca.read_bytes() if config.ca is not None else None
     except OSError as error:
         if config.ca is not None and str(error.filename) == str(config.ca):
             raise TrustError(f"ca: {config.ca} cannot be read ({error.strerror}): copy the coordinator's ca.pem here") from error
         raise ConfigError(
-            f"state: {config.state} cannot be used ({error.strerror}): give a folder that this user may write"
+            f"state: {config.folder} cannot be used ({error.strerror}): give a folder that this user may write"
         ) from error
     set_threads(config.threads)
     task = load_task(config.task)
@@ -51,7 +51,7 @@ async def attend(config: ClientConfig) -> None:
         software=__version__,
     )
     transport = GrpcTransport(str(config.server), ca)
-    agent = Agent(transport, hello, work, config.state, follow=config.follow, first_contact_s=config.first_contact_s)
+    agent = Agent(transport, hello, work, config.folder, follow=config.follow, first_contact_s=config.first_contact_s)
     life = asyncio.create_task(agent.live())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -23,8 +23,8 @@ class ClientConfig(Settings):
     """module:attribute of the task installed here"""
     data: FilePath
     """this client's shard; the only data file that is opened"""
-    state: FilePath
-    """folder for the newest model and for what this client is doing"""
+    state: FilePath | None = None
+    """folder for the newest model and for what this client is doing; choral-NAME in the working directory, if not given"""
     ca: FilePath | None = None
     """PEM file of the authority that signed the coordinator's certificate (its ca.pem)"""
     plaintext: bool = False
@@ -37,6 +37,11 @@ class ClientConfig(Settings):
     """CPU threads for training; as many as torch likes, if not given"""
     first_contact_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     """seconds to keep trying until the coordinator has answered once; after that it is tried for ever"""
+
+    @property
+    def folder(self) -> Path:
+        """The state folder in force."""
+        return self.state if self.state is not None else Path(f"choral-{self.name}")
 
     @model_validator(mode="after")
     def _protected(self) -> Self:

@@ -28,7 +28,9 @@ def fit(
     Stopped: `stop` was set.
     """
     shuffle = torch.Generator().manual_seed(seed)
-    mean_loss = None
+    mean_loss: float | None = None
+    if training.epochs == 0:
+        return mean_loss
     with torch.random.fork_rng(devices=[]), user_code(f"task {task.name}: training"):
         torch.manual_seed(seed)
         optimizer = task.optimizer(model.parameters(), training.learning_rate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, Protocol
 
 import grpc
@@ -28,7 +28,7 @@ class Attendance(Protocol):
     """An open attendance stream."""
 
     async def say(self, message: FromClient) -> None:
-        """Tell the coordinator. Raises Unreachable."""
+        """Tell the coordinator. Raises Unreachable: the stream has ended; `heard` says why."""
 
     def heard(self) -> AsyncIterator[FromCoordinator]:
         """What the coordinator says, until it ends the stream. Raises Unreachable or a Refused."""
@@ -68,9 +68,11 @@ class GrpcTransport:
         call = self._stub.Attend()
         try:
             stream = _GrpcAttendance(call, self._address)
-            await stream.say(hello)
+            with suppress(Unreachable):  # `heard` tells what ended the stream
+                await stream.say(hello)
             yield stream
-            await call.done_writing()
+            with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it may have ended meanwhile
+                await call.done_writing()
         finally:
             call.cancel()
 
@@ -102,9 +104,7 @@ class _GrpcAttendance:
     async def say(self, message: FromClient) -> None:
         try:
             await self._call.write(wire.from_client_to_pb(message))
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(error, self._address) from error
-        except asyncio.InvalidStateError as error:
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise Unreachable(f"the stream to the coordinator at {self._address} has ended") from error
 
     async def heard(self) -> AsyncIterator[FromCoordinator]:

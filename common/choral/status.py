@@ -14,6 +14,8 @@ from choral.errors import ChoralError, TrustError, Unreachable, by_name
 DOMAIN = "choral.v1"
 _LINK_BROKEN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
 
+_LOCAL_FAILURE = "Internal error from Core"  # gRPC's word for a call that ended under its feet, whatever the reason
+
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ChoralError) -> NoReturn:
     """End the call with `error`: its gRPC code, its message, and its class name as ErrorInfo.reason."""
@@ -36,7 +38,7 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str) -> ChoralError:
             f"the coordinator at {address} shows a certificate that the given CA did not sign for that name ({details}): "
             "use the ca.pem that `choral server init` wrote and an address that was given to it with --host"
         )
-    if error.code() in _LINK_BROKEN:
+    if error.code() in _LINK_BROKEN or details == _LOCAL_FAILURE:
         return Unreachable(f"no coordinator answers at {address} ({details})")
     return ChoralError(f"the coordinator at {address} failed: {error.code().name}: {details}")
 

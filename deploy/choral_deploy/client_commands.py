@@ -25,6 +25,7 @@ def client(
     ca: Annotated[Path | None, typer.Option(help="The coordinator's ca.pem.")] = None,
     state: Annotated[Path | None, typer.Option(help="Folder for the newest model; choral-NAME if not given.")] = None,
     holdout: Annotated[float | None, typer.Option(help="Share of the shard that measures and never trains [0.1].")] = None,
+    follow: Annotated[bool | None, typer.Option(help="Fetch every version when it is published [follow].")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads for training.")] = None,
     plaintext: Annotated[bool | None, typer.Option("--plaintext", help="No TLS; loopback only.")] = None,
     first_contact_s: Annotated[float | None, typer.Option(help="Seconds to keep trying for a first answer [60].")] = None,
@@ -42,6 +43,7 @@ def client(
         "ca": ca,
         "state": state,
         "holdout": holdout,
+        "follow": follow,
         "threads": threads,
         "plaintext": plaintext,
         "first_contact_s": first_contact_s,
@@ -81,6 +83,4 @@ def _config(path: Path | None, flags: dict[str, Any]) -> Any:
         if isinstance(content.get(key), str):
             content[key] = home / content[key]
     content |= flags
-    if "name" in content:
-        content.setdefault("state", f"choral-{content['name']}")
     return parse(content, ClientConfig, str(path) if path is not None else "command line")

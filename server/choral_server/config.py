@@ -37,11 +37,11 @@ class TrainingChanges(Settings):
     """Hyper-parameters that differ from the task's own."""
 
     epochs: Annotated[int, Field(ge=0, le=100_000)] | None = None
-    """passes over the local examples each round; 0 sends the model back unchanged"""
+    """passes over the local examples each round; 0 sends the model back unchanged; the task's own number, if not given"""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """examples per optimizer step"""
+    """examples per optimizer step; the task's own number, if not given"""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """the optimizer's step size"""
+    """the optimizer's step size; the task's own, if not given"""
 
     def over(self, defaults: Training) -> Training:
         """The task's defaults with these changes."""

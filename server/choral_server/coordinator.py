@@ -18,6 +18,7 @@ from choral.plan import Kind, Plan, seed_for
 from choral_server import cohort
 from choral_server.aggregate import WeightedSum
 from choral_server.intake import check_header, payload_bytes
+from choral_server.offload import offload
 from choral_server.rounds import (
     OPEN_PARTS,
     Action,
@@ -83,13 +84,12 @@ class Coordinator:
 
     async def conduct(self) -> None:
         """Open rounds as they become due until the run is over or cannot go on, or the coordinator drains."""
-        while self.run.active and (kind := self.run.next_kind()) is not None:
-            if not await self._due(kind):
-                break
-            self._count_abandoned(await self.run_round(kind))
-        else:
-            if self.run.active:
-                self.run.save(state=RunState.FINISHED, reason=self.run.outcome(), next_round_at=None)
+        while self.run.active and not self.draining and (kind := self.run.next_kind()) is not None:
+            if await self._due(kind):
+                self._count_abandoned(await self.run_round(kind))
+        if self.run.active and self.run.next_kind() is None:
+            self.run.save(state=RunState.FINISHED, reason=self.run.outcome(), next_round_at=None)
+        if not self.run.active:
             log.info("run over", run=self.run.record.name, state=self.run.record.state.value, reason=self.run.record.reason)
 
     async def rest(self) -> None:
@@ -159,7 +159,7 @@ class Coordinator:
         self.run.measured_by_clients(current)
         made = None
         if current.state is RoundState.DONE and aggregate is not None:
-            made = await asyncio.to_thread(self.run.make_version, aggregate)
+            made = await offload(self.run.version.size_bytes, self.run.make_version, aggregate)
             self.run.publish(made, kind, self._clock())
         closed = replace(current, duration_s=time.monotonic() - began)
         self._move(closed)
@@ -219,7 +219,7 @@ class Coordinator:
                 self._answer(upload, receipt)
             case Fold(upload):
                 if isinstance(aggregate, WeightedSum):
-                    await asyncio.to_thread(aggregate.fold, upload.path, upload.examples)
+                    await offload(self.run.version.size_bytes, aggregate.fold, upload.path, upload.examples)
                 elif isinstance(aggregate, StatisticsSum):
                     aggregate.fold(upload.path, upload.client)
                 upload.path.unlink()

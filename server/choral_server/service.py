@@ -18,6 +18,7 @@ from choral.v1 import federation_pb2_grpc
 
 from choral_server.coordinator import Coordinator
 from choral_server.intake import Spool, check_payload
+from choral_server.offload import offload
 from choral_server.rounds import Upload
 from choral_server.sessions import Session, Sessions
 
@@ -121,7 +122,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             path = await self._spool.store(header.payload_bytes, _pieces(header, requests))
             run = self._coordinator.run
             try:
-                await asyncio.to_thread(check_payload, header, path, run.settings.cohort_size, run.model.features)
+                await offload(header.payload_bytes, check_payload, header, path, run.settings.cohort_size, run.model.features)
             except ChoralError as error:
                 path.unlink()
                 self._coordinator.reject(header, str(error))

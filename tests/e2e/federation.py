@@ -1,0 +1,277 @@
+"""Real processes for tests: a coordinator and clients as users start them, in a folder of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import grpc
+import yaml
+from choral.v1 import admin_pb2, admin_pb2_grpc
+from choral_server.trust import make_authority
+
+PATIENCE_S = 90.0  # for a loaded machine; no test asserts how long anything took
+CLI = ("-m", "choral_deploy.cli")
+BOSTON = "choral.tasks.boston_housing:task"
+
+SMALL_TASK = """
+from choral import Table, Task, Training
+from torch import nn
+from torch.nn.functional import l1_loss, mse_loss
+
+
+def model():
+    return nn.Linear(2, 1)
+
+
+task = Task(
+    name="small",
+    model=model,
+    loss=mse_loss,
+    metrics={"mae": l1_loss},
+    load=Table(["a", "b"], target="y"),
+    training=Training(epochs=1, batch_size=2, learning_rate=0.01),
+)
+"""
+"""Three averaged numbers, y from a and b: rounds of it take no time."""
+
+GATED_TASK = """
+import json, os, sys, time
+from pathlib import Path
+from choral import Table, Task, Training
+from torch import nn
+from torch.nn.functional import mse_loss
+
+
+def loss(prediction, target):
+    gate = os.environ.get("GATE")
+    if gate and not Path(gate).exists():
+        print(json.dumps({"event": "at the gate"}), file=sys.stderr, flush=True)
+        while not Path(gate).exists():
+            time.sleep(0.01)
+    return mse_loss(prediction, target)
+
+
+task = Task("gated", lambda: nn.Linear(2, 1), loss, Table(["a", "b"], target="y"), training=Training(batch_size=100))
+"""
+"""A client with GATE in its environment logs "at the gate" in its first batch and waits there until that file exists."""
+
+
+class Process:
+    """One process. Its standard error and output are read as they come, and kept."""
+
+    def __init__(self, name: str, arguments: Sequence[object], folder: Path, environment: Mapping[str, object]) -> None:
+        self.name = name
+        self.popen = subprocess.Popen(
+            [str(part) for part in arguments],
+            cwd=folder,
+            env=os.environ | {key: str(value) for key, value in environment.items()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.err: list[str] = []
+        self.out: list[str] = []
+        self._news = threading.Condition()
+        self._reading = 2
+        for stream, lines in ((self.popen.stdout, self.out), (self.popen.stderr, self.err)):
+            assert stream is not None
+            threading.Thread(target=self._read, args=(stream, lines), daemon=True).start()
+
+    @property
+    def stderr(self) -> str:
+        """All of it so far."""
+        return "".join(self.err)
+
+    @property
+    def stdout(self) -> str:
+        """All of it so far."""
+        return "".join(self.out)
+
+    def events(self, event: str, **fields: object) -> list[dict[str, Any]]:
+        """The log entries so far that are called `event` and have these fields."""
+        return [entry for entry in _entries(self.err) if entry.get("event") == event and fields.items() <= entry.items()]
+
+    def saw(self, event: str, count: int = 1, **fields: object) -> dict[str, Any]:
+        """Wait until it has logged `event` with these fields `count` times; returns the entry."""
+        self._wait_until(lambda: len(self.events(event, **fields)) >= count, f"log {event!r} {fields or ''} {count} times")
+        return self.events(event, **fields)[count - 1]
+
+    def said(self, text: str) -> str:
+        """Wait until a line of standard output or error holds `text`; returns it."""
+        self._wait_until(lambda: any(text in line for line in (*self.out, *self.err)), f"say {text!r}")
+        return next(line for line in (*self.out, *self.err) if text in line)
+
+    def code(self) -> int:
+        """Wait for its end; the exit code."""
+        try:
+            code = self.popen.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} did not end:\n{self.stderr}") from None
+        with self._news:
+            assert self._news.wait_for(lambda: self._reading == 0, PATIENCE_S), f"a child of {self.name} has kept its streams open"
+        return code
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.popen.send_signal(signal.SIGTERM)
+
+    def end(self) -> None:
+        """Make sure that it has ended."""
+        self.popen.kill()
+        self.code()
+
+    def _wait_until(self, condition: Any, what: str) -> None:
+        with self._news:
+            self._news.wait_for(lambda: condition() or self._reading == 0, PATIENCE_S)
+            why = "ended before it did" if self._reading == 0 else "did not"
+            assert condition(), f"{self.name} was to {what} and {why}:\n{self.stderr}{self.stdout}"
+
+    def _read(self, stream: IO[str], lines: list[str]) -> None:
+        with stream:
+            for line in stream:
+                with self._news:
+                    lines.append(line)
+                    self._news.notify_all()
+        with self._news:
+            self._reading -= 1
+            self._news.notify_all()
+
+
+class Federation:
+    """A folder with an authority, a configuration and shards, and the processes that work there; all end with the context."""
+
+    def __init__(self, folder: Path, hosts: Sequence[str] = ("localhost", "127.0.0.1")) -> None:
+        make_authority(folder, hosts)
+        self.folder = folder
+        self.config = folder / "choral.yaml"
+        self.address = ""
+        self.processes: list[Process] = []
+        self.write_task(SMALL_TASK)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for process in self.processes:
+            process.end()
+            sys.stdout.write(f"--- {process.name} ({process.popen.returncode})\n{process.stderr}{process.stdout}")
+
+    @property
+    def ca(self) -> Path:
+        """The authority's certificate."""
+        return self.folder / "ca.pem"
+
+    @property
+    def versions(self) -> Path:
+        """Where the coordinator keeps the versions of its first run."""
+        return self.folder / "state" / "runs" / "run" / "versions"
+
+    @property
+    def latest(self) -> bytes:
+        """The checkpoint that the coordinator calls its latest."""
+        return (self.versions / "latest.safetensors").read_bytes()
+
+    def write_task(self, source: str, name: str = "small", folder: Path | None = None) -> str:
+        """Write a module with a task into the folder that processes start in; returns the reference to its `task`."""
+        ((folder or self.folder) / f"{name}.py").write_text(source)
+        return f"{name}:task"
+
+    def write_shard(self, client: str, rows: Iterable[Sequence[float]] = ((1, 2, 3), (2, 1, 3), (0, 1, 1), (1, 0, 1))) -> Path:
+        """A shard for the small task, rows of a, b and y, in a folder of the client's own."""
+        path = self.folder / client / "shard.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a,b,y\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
+        return path
+
+    def configure(self, **changes: Any) -> None:
+        """Write the configuration: a small run, with these changes; a value of None removes its key."""
+        content: dict[str, Any] = {
+            "listen": "127.0.0.1:0",
+            "tls": {"certificate": "server.pem", "key": "server.key"},
+            "state": "state",
+            "task": "small:task",
+            "run": {"rounds": 3, "cohort_size": 2, "deadline_s": 600},
+            "exit_when_done": True,
+        }
+        for key, value in changes.items():
+            content[key] = content.get(key, {}) | value if isinstance(value, dict) else value
+        self.config.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+
+    def start(self, name: str, *arguments: object, launcher: Sequence[object] = CLI, **options: Any) -> Process:
+        """Start a `choral` command; options: `before`, words in front of it, `folder` to start it in, and `environment`."""
+        command = (*options.get("before", ()), sys.executable, *launcher, *arguments)
+        process = Process(name, command, options.get("folder") or self.folder, options.get("environment") or {})
+        self.processes.append(process)
+        return process
+
+    def start_coordinator(self, **options: Any) -> Process:
+        """Start the coordinator with the configuration as it is."""
+        return self.start("coordinator", "server", "-c", self.config, "--log-format", "json", **options)
+
+    def coordinator(self, **changes: Any) -> Process:
+        """Write the configuration with these changes, start the coordinator and wait until it is ready; learns its address."""
+        self.configure(**changes)
+        process = self.start_coordinator()
+        self.address = process.saw("coordinator ready")["address"]
+        return process
+
+    def client(self, name: str, shard: Path | None = None, task: str = "small:task", **options: Any) -> Process:
+        """Start a client, by default with a shard of its own; option `flags`: further flags by name."""
+        flags = {
+            "--name": name,
+            "--server": self.address,
+            "--task": task,
+            "--data": shard or self.write_shard(name),
+            "--ca": self.ca,
+            "--state": self.folder / name / "client",
+            "--holdout": 0,
+            "--threads": 1,
+            "--log-format": "json",
+        } | options.pop("flags", {})
+        return self.start(name, "client", *(part for flag in flags.items() for part in flag), **options)
+
+    def command(self, *arguments: object) -> Process:
+        """Run a `choral` command to its end."""
+        process = self.start(" ".join(map(str, arguments)), *arguments)
+        process.code()
+        return process
+
+    def rows(self, *arguments: object) -> list[dict[str, Any]]:
+        """What a listing of the operators' commands says, with --json."""
+        listing = self.command(*arguments, "-c", self.config, "--json")
+        assert listing.code() == 0, listing.stderr
+        found: list[dict[str, Any]] = json.loads(listing.stdout)
+        return found
+
+    @contextmanager
+    def admin(self) -> Iterator[admin_pb2_grpc.AdminStub]:
+        """The operators' service."""
+        with grpc.insecure_channel(f"unix:{self.folder / 'state' / 'admin.sock'}") as channel:
+            yield admin_pb2_grpc.AdminStub(channel)
+
+    def watch(self) -> Iterator[admin_pb2.WatchResponse]:
+        """Every change from now on, after a snapshot."""
+        with self.admin() as admin:
+            yield from admin.Watch(admin_pb2.WatchRequest(), timeout=PATIENCE_S)
+
+    def secure_channel(self) -> grpc.Channel:
+        """A channel to the clients' port, over TLS."""
+        return grpc.secure_channel(self.address, grpc.ssl_channel_credentials(self.ca.read_bytes()))
+
+
+def _entries(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        if line.startswith("{"):
+            yield json.loads(line)
