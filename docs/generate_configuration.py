@@ -24,7 +24,9 @@ This page is written by `docs/generate_configuration.py` from the classes that c
 def page() -> str:
     """The whole page."""
     server = "\n## Coordinator\n\n`choral server --config choral.yaml`\n\n" + _table(ServerConfig)
-    client = "\n## Client\n\n`choral client --config client.yaml`, or each key as a flag (`first_contact_s` is `--first-contact-s`)\n\n"
+    client = (
+        "\n## Client\n\n`choral client --config client.yaml`, or each key as a flag (`first_contact_s` is `--first-contact-s`)\n\n"
+    )
     return INTRODUCTION + server + client + _table(ClientConfig)
 
 

@@ -141,6 +141,7 @@ class Agent:
         self._welcomed, self._failures = True, 0
         log.info("attending", run=welcome.run, version=welcome.version.number)
         self._diary.write("attending", run=welcome.run)
+        self._follow_to(welcome.version)
 
     def _hear(self, message: FromCoordinator, stream: Attendance) -> None:
         match message:
@@ -154,8 +155,11 @@ class Agent:
                     log.info("no longer wanted", assignment=assignment, reason=reason)
                     self._job.cancel()
             case NewVersion(version):
-                if self._follow:
-                    self._follower = asyncio.create_task(self._fetch_for_keeping(version))
+                self._follow_to(version)
+
+    def _follow_to(self, version: VersionRef) -> None:
+        if self._follow:
+            self._follower = asyncio.create_task(self._fetch_for_keeping(version))
 
     async def _answer(self, assignment: Assignment, stream: Attendance, stop: threading.Event) -> None:
         """Do an assignment and send the result, or say why not."""

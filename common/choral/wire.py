@@ -86,15 +86,14 @@ def _known(table: Mapping[K, V], number: K, what: str) -> V:
 # Bytes in chunks
 
 
-def chunk(data: memoryview, offset: int) -> mb.Chunk:
-    """The chunk that begins at byte `offset` of `data`."""
-    piece = bytes(data[offset : offset + CHUNK_BYTES])
+def chunk(piece: bytes, offset: int) -> mb.Chunk:
+    """A piece of a whole, in which it begins at byte `offset`, with its checksum."""
     return mb.Chunk(offset=offset, data=piece, crc32=zlib.crc32(piece))
 
 
 def chunks(data: memoryview) -> Iterator[mb.Chunk]:
     """All of `data` in chunks."""
-    return (chunk(data, offset) for offset in range(0, len(data), CHUNK_BYTES))
+    return (chunk(bytes(data[offset : offset + CHUNK_BYTES]), offset) for offset in range(0, len(data), CHUNK_BYTES))
 
 
 def verified(message: mb.Chunk, offset: int, total: int) -> bytes:

@@ -76,7 +76,10 @@ def main() -> None:
         print(f"choral: {error}", file=sys.stderr)  # noqa: T201
         leave(error.exit_code)
     except BrokenPipeError:  # `choral … | head`
-        leave(0)
+        os._exit(0)
+    except OSError as error:
+        print(f"choral: {error.filename or 'the operating system'}: {error.strerror}", file=sys.stderr)  # noqa: T201
+        leave(1)
 
 
 def leave(code: int) -> None:

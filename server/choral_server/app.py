@@ -62,17 +62,14 @@ async def serve(config: ServerConfig, ready: Callable[[HostPort], None] = lambda
 
     server, address = await _listen(config, federation)
     operators = await _listen_to_operators(config.admin_socket, AdminService(coordinator, store))
-    stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, _drain, coordinator, config.drain_s)
     log.info("coordinator ready", address=str(address), run=run.record.name, task=task.name, tls=config.tls is not None)
     ready(address)
-    draining = asyncio.create_task(_drain_when(stopping, coordinator, config.drain_s))
     try:
         await _conduct(coordinator, config.exit_when_done)
     finally:
-        draining.cancel()
         await coordinator.dismiss(config.drain_s)
         store.end_watches()
         await asyncio.gather(server.stop(1.0), operators.stop(1.0))
@@ -89,10 +86,11 @@ async def _conduct(coordinator: Coordinator, exit_when_done: bool) -> None:
         await coordinator.rest()
 
 
-async def _drain_when(stopping: asyncio.Event, coordinator: Coordinator, drain_s: float) -> None:
-    await stopping.wait()
-    log.info("draining", seconds=drain_s)
-    coordinator.drain(drain_s)
+def _drain(coordinator: Coordinator, drain_s: float) -> None:
+    """Let the round under way end; asked a second time, abandon it at once."""
+    patience_s = 0.0 if coordinator.draining else drain_s
+    log.info("draining", seconds=patience_s)
+    coordinator.drain(patience_s)
 
 
 def _check_objective(metric: str, task: Task) -> None:

@@ -53,7 +53,7 @@ RESTART_S = 2.0  # when clients come back after a coordinator that was told to e
 
 
 class Coordinator:
-    """Conducts one run after the other. `open_next(rounds, parent)` makes the run that an operator starts after the present one."""
+    """Conducts one run after the other. `open_next(rounds, parent)` makes the run that an operator starts after it, if wanted from the model of `parent`."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Coordinator:
         sessions: Sessions,
         store: Store,
         heartbeat_s: float,
-        open_next: Callable[[int, Path | None], Run],
+        open_next: Callable[[int, Run | None], Run],
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.run = run
@@ -166,7 +166,8 @@ class Coordinator:
         self._log_round(closed)
         if made is not None:
             self._sessions.say_all(NewVersion(made))
-            self.run.measured("test", made.number, await asyncio.to_thread(self.run.measure))
+            if self.run.has_test_set:
+                self.run.measured("test", made.number, await asyncio.to_thread(self.run.measure))
         return closed
 
     def _open(self, kind: Kind) -> Round:
@@ -321,7 +322,8 @@ class Coordinator:
     def pause(self) -> None:
         """Open no further round until resumed; one under way ends normally. Raises WrongState."""
         self._must_not_be_over("paused")
-        self.run.save(paused=True)
+        in_round = self.run.record.state is RunState.IN_ROUND
+        self.run.save(paused=True, reason="pauses when this round ends" if in_round else self.run.record.reason)
         self._wake.set()
 
     def resume(self) -> None:
@@ -353,8 +355,7 @@ class Coordinator:
         """Begin a further run once the present one is over. Raises WrongState."""
         if not self.run.over:
             raise WrongState(f"run {self.run.record.name} is {self.run.record.state.value}; stop it before starting another")
-        parent = self.run.checkpoints.path(self.run.record.latest) if from_latest else None
-        self.run = self._open_next(rounds, parent)
+        self.run = self._open_next(rounds, self.run if from_latest else None)
         self._abandoned, self._retry_at, self._opened_at = 0, None, None
         self._sessions.say_all(NewVersion(self.run.version))
         self._wake.set()

@@ -138,6 +138,11 @@ class Run:
         self.checkpoints.point(LATEST, version.number)
         self.checkpoints.prune({version.number, self.record.progress.best or version.number})
 
+    @property
+    def has_test_set(self) -> bool:
+        """Whether the coordinator measures versions itself."""
+        return self._evaluators.test_set is not None
+
     def measure(self) -> tuple[Metric, ...]:
         """Measure the model on the coordinator's test set, if it has one. Slow for large models: call it in a thread."""
         return self.model.evaluate(self._evaluators.test_set) if self._evaluators.test_set is not None else ()
@@ -191,12 +196,15 @@ def open_run(config: ServerConfig, task: Task, test_set: Dataset[Any] | None, st
 
 
 def further_run(
-    config: ServerConfig, task: Task, test_set: Dataset[Any] | None, store: Store, now: datetime, rounds: int, parent: Path | None
+    config: ServerConfig, task: Task, test_set: Dataset[Any] | None, store: Store, now: datetime, rounds: int, parent: Run | None
 ) -> Run:
-    """A new run with the next free number behind its name: `rounds` (0: as configured), from the checkpoint `parent` if given."""
+    """A new run with the next free number behind its name: `rounds` (0: as configured), from the model of `parent` if given."""
     name, _ = _newest(config.run.name, store)
-    record = RunRecord(name, task.name, task.version, rounds or config.run.rounds, now, has_statistics=parent is not None)
-    return _begin(config, task, test_set, store, record, parent)
+    record = RunRecord(name, task.name, task.version, rounds or config.run.rounds, now)
+    if parent is None:
+        return _begin(config, task, test_set, store, record)
+    record = replace(record, has_statistics=parent.record.has_statistics)
+    return _begin(config, task, test_set, store, record, parent.checkpoints.path(parent.record.latest))
 
 
 def _begin(

@@ -48,8 +48,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             async with aclosing(session.said()) as said:
                 async for message in said:
                     yield wire.from_coordinator_to_pb(message)
-            if reading.done() and (failure := reading.exception()) is not None:
-                await abort(context, failure if isinstance(failure, ChoralError) else InvalidMessage(str(failure)))
+            failure = _failure(reading)
+            if isinstance(failure, ChoralError):
+                await abort(context, failure)
         finally:
             reading.cancel()
             if self._sessions.leave(session):
@@ -59,16 +60,18 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         """Send a checkpoint file's bytes as they lie."""
         path = self._coordinator.run.checkpoints.path(request.version)
         try:
-            content = path.read_bytes()
+            file = path.open("rb")
         except FileNotFoundError:
             await abort(context, UnknownVersion(f"version {request.version} is not kept any more: ask for the one announced last"))
-        if not 0 <= request.offset <= len(content):
-            await abort(
-                context, InvalidMessage(f"offset {request.offset} is outside the {len(content)} bytes of version {request.version}")
-            )
-        view = memoryview(content)
-        for offset in range(request.offset, len(content), wire.CHUNK_BYTES):
-            yield pb.DownloadResponse(chunk=wire.chunk(view, offset))
+        with file:
+            size = path.stat().st_size
+            if not 0 <= request.offset <= size:
+                message = f"offset {request.offset} is outside the {size} bytes of version {request.version}: begin at 0"
+                await abort(context, InvalidMessage(message))
+            offset = file.seek(request.offset)
+            while piece := file.read(wire.CHUNK_BYTES):
+                yield pb.DownloadResponse(chunk=wire.chunk(piece, offset))
+                offset += len(piece)
 
     async def Upload(self, requests: AsyncIterator[pb.UploadRequest], context: Context) -> pb.UploadResponse:
         """Take in one result and answer with its receipt."""
@@ -153,7 +156,13 @@ async def _pieces(header: UploadHeader, requests: AsyncIterator[pb.UploadRequest
     raise CorruptTransfer("the upload ended without its trailer: send it again")
 
 
+def _failure(task: asyncio.Task[None]) -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None
+
+
 def _why(reading: asyncio.Task[None]) -> str:
-    if reading.done() and not reading.cancelled() and (failure := reading.exception()) is not None:
+    """Why a session ended."""
+    failure = _failure(reading)
+    if isinstance(failure, ChoralError):
         return str(failure)
-    return "it left" if reading.done() else "the link broke"
+    return "it left" if reading.done() and failure is None else "the link broke"

@@ -56,7 +56,7 @@ def test_reads_a_file_with_defaults(tmp_path: Path) -> None:
     [
         # unknown keys, at each level, with and without a near one
         ("watr_l: 1", "{f}: watr_l: unknown key; did you mean water_l? Allowed here: water_l, brew, spare"),
-        ("water_l: 1\nsugar: 1", "{f}: sugar: unknown key; Allowed here: water_l, brew, spare"),
+        ("water_l: 1\nhoney: 1", "{f}: honey: unknown key; Allowed here: water_l, brew, spare"),
         ("water_l: 1\nbrew: {minute: 2}", "{f}: brew.minute: unknown key; did you mean minutes? Allowed here: minutes, sort, cups"),
         ("water_l: 1\nspare: {cup: 2}", "{f}: spare.cup: unknown key; did you mean cups? Allowed here: minutes, sort, cups"),
         # wrong types and units: the field's own description says what is meant

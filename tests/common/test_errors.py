@@ -8,7 +8,9 @@ import pytest
 from choral.errors import ChoralError, Refused, by_name
 
 TREE = [
-    kind for kind in vars(choral.errors).values() if isinstance(kind, type) and issubclass(kind, Exception) and kind is not Exception
+    kind
+    for kind in vars(choral.errors).values()
+    if isinstance(kind, type) and issubclass(kind, Exception) and kind is not Exception
 ]
 
 

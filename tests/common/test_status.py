@@ -97,7 +97,7 @@ async def test_a_crash_on_the_other_side_is_no_refusal(failing: tuple[Failing, s
 async def test_nobody_there_is_worth_another_try() -> None:
     with socket.socket() as bound:  # holds the port without listening on it
         bound.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:{}".format(bound.getsockname()[1])
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
         error = await _raised(address, _upload)
     assert type(error) is Unreachable
     assert str(error).startswith(f"no coordinator answers at {address}")

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from choral.errors import DataError
+from choral.table import Table, read_frame
+
+NUMBERS = Table(["rooms", "age"], target="price")
+CLASSES = Table(["rooms"], target="kind", kind="class")
+
+
+def _file(folder: Path, text: str, name: str = "shard.csv") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _refusal(path: Path, table: Table = NUMBERS) -> str:
+    with pytest.raises(DataError) as refused:
+        table(path)
+    told = str(refused.value)
+    assert told.startswith(f"{path}: ")
+    return told.removeprefix(f"{path}: ")
+
+
+def test_loads_the_columns_in_the_order_asked_for(tmp_path: Path) -> None:
+    path = _file(tmp_path, "price,street,age,rooms\n24,Elm,65.5,6\n21.6,Oak,78.25,5\n")
+    x, y = NUMBERS(path).tensors
+    assert x.dtype is torch.float32
+    assert x.tolist() == [[6.0, 65.5], [5.0, 78.25]]
+    assert y.dtype is torch.float32
+    assert y.tolist() == [[24.0], [pytest.approx(21.6)]]
+
+
+def test_class_targets_are_whole_numbers(tmp_path: Path) -> None:
+    y = CLASSES(_file(tmp_path, "rooms,kind\n1,2\n2,0\n3,11\n")).tensors[1]
+    assert y.dtype is torch.int64
+    assert y.tolist() == [2, 0, 11]
+
+
+def test_parquet_gives_the_same_tensors_as_csv(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"rooms": [6, 5], "age": [65.5, 78.25], "price": np.array([24, 21.6], np.float32), "street": ["Elm", "Oak"]}
+    )
+    frame.to_parquet(tmp_path / "shard.parquet")
+    frame.to_csv(tmp_path / "shard.csv", index=False)
+    for a, b in zip(NUMBERS(tmp_path / "shard.parquet").tensors, NUMBERS(tmp_path / "shard.csv").tensors, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_spaces_and_capitals_in_the_suffix_do_no_harm(tmp_path: Path) -> None:
+    path = _file(tmp_path, "rooms, age, price\n6, 65.5, 24\n", "SHARD.CSV")
+    assert NUMBERS(path).tensors[0].tolist() == [[6.0, 65.5]]
+
+
+def test_refuses_what_is_no_file(tmp_path: Path) -> None:
+    assert _refusal(tmp_path / "none.csv") == "does not exist; give the path of a CSV or Parquet file"
+    assert _refusal(tmp_path) == "is not a file; give the path of a CSV or Parquet file"
+    assert _refusal(_file(tmp_path, "x", "shard.xlsx")) == "cannot tell the format from '.xlsx'; name the file .csv or .parquet"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        # nothing in it
+        ("", "is empty; a header line and at least one row are needed"),
+        ("\n\n", "is empty; a header line and at least one row are needed"),
+        ("rooms,age,price\n", "has no rows; at least one example is needed"),
+        # ragged: a row too short is a row with an empty cell
+        ("rooms,age,price\n6,65,24\n5,78\n", "row 2, column price is empty: fill it in or remove the row"),
+        # a column that is not there
+        ("rooms,years,price\n6,65,24\n", "column age is missing; the file has rooms, years, price"),
+        ("rooms;age;price\n6;65;24\n", "column rooms is missing; the file has rooms;age;price"),
+        # cells that are no number, first of several
+        ("rooms,age,price\n6,65,24\n5,old,21\n", "row 2, column age holds 'old', which is not a finite number"),
+        ("rooms,age,price\n6,65,24\n5,7 8,high\n", "row 2, column age holds '7 8', which is not a finite number"),
+        ("rooms,age,price\n6,65,\n", "row 1, column price is empty"),
+        ("rooms,age,price\n6,NaN,24\n", "row 1, column age is empty"),
+        ("rooms,age,price\n6,65,24\n,,21\n", "row 2, column rooms is empty"),
+        ("rooms,age,price\n6,65,24\n5,inf,21\n", "row 2, column age holds inf, which is not a finite number"),
+        ("rooms,age,price\n6,65,24\n5,78,-inf\n", "row 2, column price holds -inf, which is not a finite number"),
+        ("rooms,age,price\n6,old,24\n5,inf,21\n", "row 1, column age holds 'old', which is not a finite number"),
+    ],
+)
+def test_refuses_what_cannot_be_trained_on_and_says_where(tmp_path: Path, text: str, told: str) -> None:
+    assert _refusal(_file(tmp_path, text)).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rooms,age,price\n6,65,24\n5,78,21,3\n",
+        "rooms,age,price\n6,65,24,9\n5,78,21\n",
+        "rooms,age,price\n6,65,24,9\n5,78,21,9\n",
+        'rooms,age,price\n6,"65,24\n',
+    ],
+)
+def test_refuses_rows_longer_than_the_header(tmp_path: Path, text: str) -> None:
+    assert _refusal(_file(tmp_path, text)).startswith("its rows do not all have as many fields as the header (")
+
+
+@pytest.mark.parametrize("cell", ["1e39", "-3.5e38"])
+def test_refuses_a_number_that_float32_cannot_hold(tmp_path: Path, cell: str) -> None:
+    """It would become infinite in the tensor."""
+    path = _file(tmp_path, f"rooms,age,price\n6,65,24\n5,{cell},21\n")
+    assert _refusal(path).startswith("row 2, column age holds")
+    path = _file(tmp_path, f"rooms,age,price\n6,65,{cell}\n")
+    assert _refusal(path).startswith("row 1, column price holds")
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [
+        ("1.5", "row 2, column kind: 1.5 is no class; write 0, 1, 2, …"),
+        ("-1", "row 2, column kind: -1.0 is no class; write 0, 1, 2, …"),
+        ("cat", "row 2, column kind holds 'cat', which is not a finite number"),
+        ("inf", "row 2, column kind holds"),
+    ],
+)
+def test_refuses_what_is_no_class(tmp_path: Path, cell: str, told: str) -> None:
+    assert _refusal(_file(tmp_path, f"rooms,kind\n1,0\n2,{cell}\n3,-7\n"), CLASSES).startswith(told)
+
+
+def test_refuses_text_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "shard.csv"
+    path.write_bytes("rooms,age,price,größe\n6,65,24,1\n".encode("latin-1"))
+    assert _refusal(path).startswith("is not UTF-8 text")
+
+
+def test_refuses_what_only_claims_to_be_parquet(tmp_path: Path) -> None:
+    assert _refusal(_file(tmp_path, "rooms,age,price\n6,65,24\n", "shard.parquet")).startswith("is not a Parquet file")
+
+
+def test_refuses_empty_cells_and_rows_in_parquet_too(tmp_path: Path) -> None:
+    path = tmp_path / "shard.parquet"
+    pd.DataFrame({"rooms": [6.0, None], "age": [65.0, 78.0], "price": [24.0, 21.0]}).to_parquet(path)
+    assert _refusal(path).startswith("row 2, column rooms is empty")
+    pd.DataFrame({"rooms": [], "age": [], "price": []}).to_parquet(path)
+    assert _refusal(path).startswith("has no rows")
+
+
+def test_a_frame_holds_all_columns(tmp_path: Path) -> None:
+    frame = read_frame(_file(tmp_path, "price,street\n24,Elm\n"))
+    assert frame.to_dict("records") == [{"price": 24, "street": "Elm"}]

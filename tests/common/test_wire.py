@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import math
+import zlib
+from typing import TypeVar
+
+import pytest
+from choral import wire
+from choral.errors import CorruptTransfer, InvalidMessage, ProtocolMismatch
+from choral.manifest import Entry, EntryKind, Manifest
+from choral.messages import (
+    Assignment,
+    Cancel,
+    ComeBack,
+    Heartbeat,
+    Hello,
+    NewVersion,
+    Phase,
+    Receipt,
+    Status,
+    UploadHeader,
+    Verdict,
+    VersionRef,
+    Welcome,
+)
+from choral.metrics import Metric
+from choral.plan import Kind, Plan, Training
+from choral.v1 import federation_pb2 as pb
+from choral.v1 import model_pb2 as mb
+from google.protobuf.message import Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
+M = TypeVar("M", bound=Message)
+INT64 = st.integers(-(2**63), 2**63 - 1)
+COUNT = st.integers(0, 2**63 - 1)
+NUMBER = st.floats(allow_nan=False)
+ENTRIES = st.builds(
+    Entry,
+    name=TEXT,
+    dtype=TEXT,
+    shape=st.lists(COUNT, max_size=4).map(tuple),
+    offset=COUNT,
+    kind=st.sampled_from(EntryKind),
+)
+MANIFESTS = st.builds(Manifest, st.lists(ENTRIES, max_size=4).map(tuple))
+VERSIONS = st.builds(VersionRef, number=COUNT, digest=st.binary(max_size=32), size_bytes=COUNT)
+METRICS = st.lists(st.builds(Metric, name=TEXT, value=NUMBER, examples=INT64), max_size=3).map(tuple)
+TRAININGS = st.builds(
+    Training,
+    epochs=st.integers(0, 100_000),
+    batch_size=st.integers(1, 1_000_000),
+    learning_rate=st.floats(0, exclude_min=True, allow_infinity=False, allow_nan=False),
+)
+PLANS = st.builds(
+    Plan,
+    kind=st.sampled_from(Kind),
+    task=TEXT,
+    task_version=TEXT,
+    training=TRAININGS,
+    seed=st.integers(0, 2**64 - 1),
+    evaluate=st.booleans(),
+)
+HELLOS = st.builds(
+    Hello,
+    protocol_version=st.just(wire.PROTOCOL_VERSION),
+    client=TEXT,
+    instance=TEXT,
+    task=TEXT,
+    task_version=TEXT,
+    manifest=MANIFESTS,
+    examples=INT64,
+    software=TEXT,
+)
+FROM_CLIENT = {
+    "hello": HELLOS,
+    "status": st.builds(Status, assignment=TEXT, phase=st.sampled_from(Phase), reason=TEXT),
+    "heartbeat": st.just(Heartbeat()),
+}
+FROM_COORDINATOR = {
+    "welcome": st.builds(Welcome, run=TEXT, heartbeat_s=NUMBER, version=VERSIONS),
+    "assignment": st.builds(Assignment, id=TEXT, round=COUNT, version=VERSIONS, plan=PLANS),
+    "cancel": st.builds(Cancel, assignment=TEXT, reason=TEXT),
+    "new_version": st.builds(NewVersion, version=VERSIONS),
+    "come_back": st.builds(ComeBack, after_s=st.none() | NUMBER, reason=TEXT),
+}
+HEADERS = st.builds(
+    UploadHeader,
+    assignment=TEXT,
+    client=TEXT,
+    examples=INT64,
+    kind=st.sampled_from(Kind),
+    payload_bytes=COUNT,
+    held_out=METRICS,
+    work=METRICS,
+)
+
+
+def _sent(message: M) -> M:
+    """The message after a trip as bytes."""
+    return type(message).FromString(message.SerializeToString())
+
+
+@pytest.mark.parametrize("name", pb.AttendRequest.DESCRIPTOR.fields_by_name)
+@given(data=st.data())
+def test_what_clients_say_round_trips(name: str, data: st.DataObject) -> None:
+    said = data.draw(FROM_CLIENT[name])
+    message = wire.from_client_to_pb(said)
+    assert message.WhichOneof("message") == name
+    assert wire.from_client_from_pb(_sent(message)) == said
+
+
+@pytest.mark.parametrize("name", pb.AttendResponse.DESCRIPTOR.fields_by_name)
+@given(data=st.data())
+def test_what_the_coordinator_says_round_trips(name: str, data: st.DataObject) -> None:
+    said = data.draw(FROM_COORDINATOR[name])
+    message = wire.from_coordinator_to_pb(said)
+    assert message.WhichOneof("message") == name
+    assert wire.from_coordinator_from_pb(_sent(message)) == said
+
+
+@given(HEADERS)
+def test_upload_headers_round_trip(header: UploadHeader) -> None:
+    assert wire.header_from_pb(_sent(wire.header_to_pb(header))) == header
+
+
+@given(st.builds(Receipt, verdict=st.sampled_from(Verdict), reason=TEXT))
+def test_receipts_round_trip(receipt: Receipt) -> None:
+    assert wire.receipt_from_pb(_sent(wire.receipt_to_pb(receipt))) == receipt
+
+
+def test_never_and_at_once_are_told_apart() -> None:
+    for after_s in (None, 0.0):
+        message = wire.from_coordinator_to_pb(ComeBack(after_s, "over"))
+        assert wire.from_coordinator_from_pb(message) == ComeBack(after_s, "over")
+
+
+def test_an_undefined_metric_arrives_as_such() -> None:
+    (metric,) = wire.metrics_from_pb(wire.metrics_to_pb([Metric("loss", math.nan, 3)]))
+    assert math.isnan(metric.value)
+
+
+# What another release may send
+
+
+@pytest.mark.parametrize("theirs", [0, 2, 99])
+def test_another_protocol_version_is_refused_and_both_are_named(theirs: int) -> None:
+    hello = pb.Hello(protocol_version=theirs, client="alice", manifest=mb.Manifest(entries=[mb.ManifestEntry(kind=77)]))
+    with pytest.raises(ProtocolMismatch) as refused:
+        wire.from_client_from_pb(pb.AttendRequest(hello=hello))
+    told = str(refused.value)
+    assert f"the client speaks version {theirs} of the protocol, this coordinator version {wire.PROTOCOL_VERSION}" in told
+
+
+def test_messages_that_say_nothing_known_are_refused() -> None:
+    later = b"\xfa\x07\x00"  # field 127, of a release to come
+    with pytest.raises(InvalidMessage, match="says nothing known to this release"):
+        wire.from_client_from_pb(pb.AttendRequest.FromString(later))
+    with pytest.raises(InvalidMessage, match="says nothing known to this release"):
+        wire.from_coordinator_from_pb(pb.AttendResponse.FromString(later))
+
+
+@pytest.mark.parametrize("number", [0, 77])
+def test_unknown_enum_values_are_refused_by_name(number: int) -> None:
+    with pytest.raises(InvalidMessage, match=f"phase {number} is unknown to this release"):
+        wire.from_client_from_pb(pb.AttendRequest(status=pb.Status(phase=number)))
+    with pytest.raises(InvalidMessage, match=f"payload kind {number} is unknown"):
+        wire.header_from_pb(pb.UploadHeader(payload=number))
+    with pytest.raises(InvalidMessage, match=f"verdict {number} is unknown"):
+        wire.receipt_from_pb(pb.UploadResponse(verdict=number))
+    with pytest.raises(InvalidMessage, match=f"round kind {number} is unknown"):
+        wire.plan_from_pb(pb.Plan(kind=number, batch_size=1, learning_rate=0.1))
+    with pytest.raises(InvalidMessage, match=f"entry kind {number} is unknown"):
+        wire.manifest_from_pb(mb.Manifest(entries=[mb.ManifestEntry(kind=number)]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("epochs", -1), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", math.nan)]
+)
+def test_a_plan_that_cannot_work_is_refused(field: str, value: float) -> None:
+    plan = pb.Plan(kind=mb.ROUND_KIND_TRAINING, epochs=1, batch_size=1, learning_rate=0.1)
+    assert wire.plan_from_pb(plan).training.epochs == 1
+    setattr(plan, field, value)
+    with pytest.raises(InvalidMessage, match=f"(?s)a plan that is not allowed: .*{field}"):
+        wire.plan_from_pb(plan)
+
+
+# Chunks
+
+
+def _received(chunks: list[mb.Chunk], total: int) -> bytes:
+    content = b""
+    for chunk in chunks:
+        content += wire.verified(chunk, len(content), total)
+    return content
+
+
+@pytest.mark.parametrize("length", [0, 1, wire.CHUNK_BYTES - 1, wire.CHUNK_BYTES, wire.CHUNK_BYTES + 1, 3 * wire.CHUNK_BYTES])
+def test_bytes_are_cut_and_put_together(length: int) -> None:
+    data = bytes(range(256)) * (length // 256 + 1)
+    data = data[:length]
+    cut = list(wire.chunks(memoryview(data)))
+    assert len(cut) == math.ceil(length / wire.CHUNK_BYTES)
+    assert [chunk.offset for chunk in cut] == [number * wire.CHUNK_BYTES for number in range(len(cut))]
+    assert all(len(chunk.data) == wire.CHUNK_BYTES for chunk in cut[:-1])
+    assert all(chunk.ByteSize() < wire.MESSAGE_BYTES for chunk in cut)
+    assert _received(cut, length) == data
+
+
+@given(st.binary(min_size=1, max_size=100), st.data())
+def test_a_transfer_can_go_on_at_any_offset(content: bytes, data: st.DataObject) -> None:
+    offset = data.draw(st.integers(0, len(content) - 1))
+    assert content[:offset] + wire.verified(wire.chunk(memoryview(content), offset), offset, len(content)) == content
+
+
+def _chunk(offset: int, data: bytes) -> mb.Chunk:
+    return mb.Chunk(offset=offset, data=data, crc32=zlib.crc32(data))
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (_chunk(5, b"fghi"), "a chunk begins at byte 5 where byte 4 is next"),  # gap
+        (_chunk(3, b"defg"), "a chunk begins at byte 3 where byte 4 is next"),  # overlap
+        (_chunk(0, b"abcd"), "a chunk begins at byte 0 where byte 4 is next"),  # repeated
+        (_chunk(4, b"efghijk"), "11 bytes arrived where 10 were announced"),  # too much
+        (mb.Chunk(offset=4, data=b"efgh", crc32=zlib.crc32(b"efgH")), "the chunk at byte 4 does not match its CRC-32"),
+        (mb.Chunk(offset=4, data=b"efgh"), "the chunk at byte 4 does not match its CRC-32"),
+    ],
+)
+def test_a_damaged_transfer_is_found(message: mb.Chunk, told: str) -> None:
+    with pytest.raises(CorruptTransfer, match=f"{told}: send it again"):
+        wire.verified(message, 4, 10)
+
+
+@given(st.binary(min_size=1, max_size=64), st.data())
+def test_any_flipped_bit_is_found(content: bytes, data: st.DataObject) -> None:
+    chunk = wire.chunk(memoryview(content), 0)
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    chunk.data = bytes(damaged)
+    with pytest.raises(CorruptTransfer, match="CRC-32"):
+        wire.verified(chunk, 0, len(content))
