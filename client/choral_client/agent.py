@@ -183,16 +183,22 @@ class Agent:
             )
             receipt = await self._send(header, result.payload)
         except ChoralError as error:
-            log.warning("declined", round=assignment.round, reason=str(error))
-            with suppress(Unreachable):
-                await stream.say(Status(assignment.id, Phase.DECLINED, str(error)))
+            await self._decline(assignment, stream, str(error))
         except Stopped:
             log.info("stopped working", round=assignment.round)
+        except Exception as error:
+            log.exception("work failed", round=assignment.round)
+            await self._decline(assignment, stream, f"{type(error).__name__}: {error}")
         else:
             told = log.info if receipt.verdict is Verdict.ACCEPTED else log.warning
             measured = {metric.name: round(metric.value, 4) for metric in (*result.work, *result.held_out)}
             self._diary.write("attending", round=assignment.round)
             told("sent", round=assignment.round, verdict=receipt.verdict.value, reason=receipt.reason, **measured)
+
+    async def _decline(self, assignment: Assignment, stream: Attendance, reason: str) -> None:
+        log.warning("declined", round=assignment.round, reason=reason)
+        with suppress(Unreachable):
+            await stream.say(Status(assignment.id, Phase.DECLINED, reason))
 
     async def _send(self, header: UploadHeader, payload: memoryview) -> Receipt:
         for attempt in itertools.count(1):

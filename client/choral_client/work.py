@@ -14,7 +14,7 @@ from choral.flat import describe, flatten
 from choral.metrics import LOSS, Metric
 from choral.plan import Kind, Plan
 from choral.statistics import Moments
-from choral.task import Task
+from choral.task import Task, user_code
 from safetensors.torch import load
 
 from choral_client.data import Shard
@@ -56,7 +56,8 @@ class Work:
         return self._train(plan, held_out, stop)
 
     def _statistics(self) -> Result:
-        moments = Moments.of(self._shard.features().numpy())
+        with user_code(f"task {self._task.name}: reading the features"):
+            moments = Moments.of(self._shard.features().numpy())
         return Result(moments.to_vector().astype("<f8").data.cast("B"))
 
     def _measure(self) -> tuple[Metric, ...]:

@@ -65,13 +65,11 @@ class Report:
         for index, (name, mse) in enumerate(self.alone_mse.items()):
             axes.axhline(mse, color=colours[index % len(colours)], linestyle="--", label=f"{name} alone: {mse:.1f}")
         axes.axhline(self.pooled_mse, color="#2166ac", linestyle=":", linewidth=2, label=f"all data pooled: {self.pooled_mse:.1f}")
-        axes.set(
-            xlabel="round", ylabel="mean squared error on the test set", yscale="log", title="Together, without showing their data"
-        )
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        top = 1.5 * max(self.test_mse, self.pooled_mse, *self.alone_mse.values())  # the first rounds may lie far above
+        axes.set(xlabel="round", ylabel="mean squared error on the test set", ylim=(0, top))
+        axes.set_title("Together, without showing their data")
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
+        axes.legend(loc="upper right", ncols=2)
         figure.savefig(path, dpi=130)
 
 

@@ -50,7 +50,7 @@ def test_finds_a_task_in_the_working_directory_and_in_packages(desk: Path) -> No
 
 @pytest.mark.parametrize("reference", ["", "desk_a", "desk_a:", ":task", "choral/tasks/boston_housing.py"])
 def test_refuses_a_malformed_reference(desk: Path, reference: str) -> None:
-    with pytest.raises(TaskError, match="write it as module:attribute, for example choral.tasks.boston_housing:task") as refused:
+    with pytest.raises(TaskError, match="write it as module:attribute, for example choral") as refused:
         load_task(reference)
     assert repr(reference) in str(refused.value)
 
@@ -65,16 +65,16 @@ def test_says_where_a_missing_module_was_looked_for(desk: Path) -> None:
 
 def test_names_the_tasks_of_a_module_without_the_one_asked_for(desk: Path) -> None:
     (desk / "desk_b.py").write_text(SOURCE, encoding="utf-8")
-    with pytest.raises(TaskError, match="'desk_b:tusk': desk_b has no attribute tusk; tasks in it: task, other$"):
+    with pytest.raises(TaskError, match=r"'desk_b:tusk': desk_b has no attribute tusk; tasks in it: task, other$"):
         load_task("desk_b:tusk")
     (desk / "desk_c.py").write_text("", encoding="utf-8")
-    with pytest.raises(TaskError, match="desk_c has no attribute task; tasks in it: none$"):
+    with pytest.raises(TaskError, match=r"desk_c has no attribute task; tasks in it: none$"):
         load_task("desk_c:task")
 
 
 def test_refuses_what_is_no_task(desk: Path) -> None:
     (desk / "desk_d.py").write_text(SOURCE, encoding="utf-8")
-    with pytest.raises(TaskError, match="'desk_d:number': is a int; a choral.Task is expected"):
+    with pytest.raises(TaskError, match=r"'desk_d:number': is a int; a choral\.Task is expected"):
         load_task("desk_d:number")
 
 

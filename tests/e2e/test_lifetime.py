@@ -12,19 +12,18 @@ from e2e.federation import GATED_TASK, Federation, Process
 
 ENDLESS_TASK = """
 import json, os, sys, time
-from choral import Table, Task, Training
-from torch import nn
-from torch.nn.functional import mse_loss
+from dataclasses import replace
+import small
 
 
 def loss(prediction, target):
     if "ENDLESS" in os.environ:
         print(json.dumps({"event": "in an endless batch"}), file=sys.stderr, flush=True)
         time.sleep(86_400)
-    return mse_loss(prediction, target)
+    return small.task.loss(prediction, target)
 
 
-task = Task("endless", lambda: nn.Linear(2, 1), loss, Table(["a", "b"], target="y"), training=Training(batch_size=100))
+task = replace(small.task, name="endless", loss=loss)
 """
 
 
@@ -72,14 +71,17 @@ def gated(federation: Federation, **run: object) -> tuple[Process, Process, Proc
 
 def test_a_coordinator_told_to_end_finishes_its_round_and_goes_on_when_started_again(federation: Federation) -> None:
     coordinator, alice, bob = gated(federation, rounds=3)
+    watcher = federation.start("watch", "runs", "watch", "-c", federation.config)
+    watcher.said('"client"')
     coordinator.terminate()
     coordinator.saw("draining")
     (federation.folder / "gate").touch()
-    assert coordinator.code() == 0
+    assert (coordinator.code(), watcher.code()) == (0, 0)
     coordinator.saw("round done", rounds="1/3", version=1)
     assert len(coordinator.events("round done")) == 1
     for client in (alice, bob):
         client.saw("sent away", reason="the coordinator restarts")
+    assert '"ROUND_STATE_DONE"' in watcher.stdout
     drained = digest(federation.versions / "000001.safetensors")
 
     again = federation.coordinator(listen=federation.address, task="gated:task", evaluation={"clients": False})

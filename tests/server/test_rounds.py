@@ -1,0 +1,572 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from choral.messages import Phase, Receipt, Verdict
+from choral.metrics import Metric
+from choral.plan import Kind
+from choral_server.rounds import (
+    AT_WORK,
+    OPEN_PARTS,
+    Action,
+    Announce,
+    Answer,
+    Arrived,
+    DeadlinePassed,
+    Event,
+    Fold,
+    Left,
+    Part,
+    PartState,
+    Rejected,
+    Reported,
+    Returned,
+    Round,
+    RoundState,
+    Stopped,
+    Upload,
+    Withdraw,
+    receipt_after,
+    step,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+NOON = datetime(2025, 6, 1, 12, tzinfo=UTC)
+OPEN, DONE, ABANDONED = RoundState.OPEN, RoundState.DONE, RoundState.ABANDONED
+
+
+def id_of(client: str) -> str:
+    return f"run/3/{client}"
+
+
+def round_of(clients: Sequence[str], goal: int, quorum: int) -> Round:
+    parts = {id_of(client): Part(id_of(client), client) for client in clients}
+    return Round("run", 3, Kind.TRAINING, 7, goal, quorum, parts, NOON)
+
+
+def upload(client: str, sender: str | None = None, examples: int = 10, attempt: int = 1) -> Upload:
+    metrics = (Metric("loss", 0.5, examples),)
+    path = Path(f"/spool/{client}-{attempt}.upload")
+    return Upload(id_of(client), sender or client, examples, metrics, (Metric("train_s", 1.0, examples),), path)
+
+
+def arrived(client: str, sender: str | None = None, attempt: int = 1) -> Arrived:
+    return Arrived(upload(client, sender, attempt=attempt))
+
+
+def reported(client: str, phase: Phase, reason: str = "") -> Reported:
+    return Reported(id_of(client), phase, reason)
+
+
+def states(round: Round) -> dict[str, str]:
+    return {part.client: part.state.value for part in round.parts.values()}
+
+
+def play(round: Round, events: Sequence[Event]) -> tuple[Round, list[Action]]:
+    done: list[Action] = []
+    for event in events:
+        round, actions = step(round, event)
+        done += actions
+    return round, done
+
+
+# The table: what each event makes of a part in each state, in a round whose fate it does not decide
+
+EVENTS: dict[str, Event] = {
+    "downloading": reported("alice", Phase.DOWNLOADING),
+    "working": reported("alice", Phase.WORKING),
+    "uploading": reported("alice", Phase.UPLOADING),
+    "declined": reported("alice", Phase.DECLINED, "on battery"),
+    "arrived": arrived("alice"),
+    "rejected": Rejected(id_of("alice"), "it holds NaN"),
+    "left": Left("alice"),
+    "returned": Returned("alice"),
+    "deadline": DeadlinePassed(60.0),
+    "stopped": Stopped("an operator said so"),
+}
+
+# A dot: the part does not change.
+TABLE = """
+              downloading  working  uploading  declined  arrived   rejected  left    returned   deadline   stopped
+announced     downloading  working  uploading  declined  accepted  refused   absent  .          cancelled  cancelled
+downloading   .            working  uploading  declined  accepted  refused   absent  announced  cancelled  cancelled
+working       downloading  .        uploading  declined  accepted  refused   absent  announced  cancelled  cancelled
+uploading     downloading  working  .          declined  accepted  refused   absent  announced  cancelled  cancelled
+absent        downloading  working  uploading  declined  accepted  refused   .       announced  cancelled  cancelled
+accepted      .            .        .          .         .         .         .       .          .          .
+declined      .            .        .          .         .         .         .       .          .          .
+refused       .            .        .          .         .         .         .       .          .          .
+cancelled     .            .        .          .         .         .         .       .          .          .
+"""
+
+
+def _cells() -> dict[tuple[PartState, str], PartState]:
+    header, *rows = (line.split() for line in TABLE.strip().splitlines())
+    return {
+        (PartState(state), event): PartState(state if after == "." else after)
+        for state, *row in rows
+        for event, after in zip(header, row, strict=True)
+    }
+
+
+CELLS = _cells()
+
+
+def part_in(state: PartState) -> Part:
+    part = replace(round_of(["alice"], 1, 1).parts[id_of("alice")], state=state)
+    if state is PartState.ACCEPTED:
+        return replace(part, examples=10)
+    return replace(part, reason="as it was") if state not in AT_WORK else part
+
+
+def test_the_table_covers_every_pair_of_state_and_event() -> None:
+    assert set(CELLS) == {(state, event) for state in PartState for event in EVENTS}
+    assert {type(event) for event in EVENTS.values()} == set(get_args(Event))
+    assert {event.phase for event in EVENTS.values() if isinstance(event, Reported)} == set(Phase)
+
+
+@pytest.mark.parametrize(("before", "name"), CELLS, ids=lambda value: value.value if isinstance(value, PartState) else value)
+def test_each_event_in_each_state(before: PartState, name: str) -> None:
+    # Bob still works and three results are wanted, so that the round stays open whatever becomes of Alice.
+    subject, bob = part_in(before), replace(round_of(["bob"], 1, 1).parts[id_of("bob")], state=PartState.WORKING)
+    round = replace(round_of(["alice", "bob"], goal=3, quorum=1), parts={id_of("alice"): subject, id_of("bob"): bob})
+    event = EVENTS[name]
+    after, actions = step(round, event)
+    part = after.parts[id_of("alice")]
+    assert part.state is CELLS[before, name]
+    assert actions == expected_actions(subject, part, event, after)
+    if isinstance(event, DeadlinePassed | Stopped):
+        assert after.state is not OPEN
+        assert after.parts[id_of("bob")].state is PartState.CANCELLED
+    else:
+        assert after.state is OPEN
+        assert after.parts[id_of("bob")] is bob
+    if before not in OPEN_PARTS:
+        assert part is subject
+
+
+def expected_actions(before: Part, after: Part, event: Event, round: Round) -> tuple[Action, ...]:
+    """What must be done, said apart from the code under test."""
+    match event:
+        case Arrived(arriving) if before.state in OPEN_PARTS:
+            return Answer(arriving, Receipt(Verdict.ACCEPTED)), Fold(arriving)
+        case Arrived(arriving):
+            verdicts = {PartState.ACCEPTED: Verdict.DUPLICATE, PartState.CANCELLED: Verdict.LATE}
+            answer = Answer(arriving, Receipt(verdicts.get(before.state, Verdict.REFUSED), receipt_after(before).reason))
+            return (answer,)
+        case Returned() if before.state in OPEN_PARTS:
+            return (Announce(after),)
+        case DeadlinePassed() | Stopped():
+            alices = (Withdraw(after),) if before.state in OPEN_PARTS else ()
+            return *alices, Withdraw(round.parts[id_of("bob")])
+    return ()
+
+
+@pytest.mark.parametrize("closed", [DONE, ABANDONED])
+@pytest.mark.parametrize("state", [state for state in PartState if state not in OPEN_PARTS])
+@pytest.mark.parametrize("name", EVENTS)
+def test_nothing_changes_a_closed_round(closed: RoundState, state: PartState, name: str) -> None:
+    parts = {id_of("alice"): part_in(state)}
+    round = replace(round_of(["alice"], goal=1, quorum=1), parts=parts, state=closed, reason="as it was", duration_s=2.0)
+    after, actions = step(round, EVENTS[name])
+    assert after is round
+    assert [type(action) for action in actions] == ([Answer] if name == "arrived" else [])
+
+
+def test_what_an_accepted_result_leaves_behind() -> None:
+    after, actions = step(round_of(["alice", "bob"], 2, 2), arrived("alice"))
+    part = after.parts[id_of("alice")]
+    assert part == Part(
+        id_of("alice"),
+        "alice",
+        PartState.ACCEPTED,
+        "",
+        10,
+        (Metric("loss", 0.5, 10),),
+        (Metric("train_s", 1.0, 10),),
+    )
+    assert actions == (Answer(upload("alice"), Receipt(Verdict.ACCEPTED)), Fold(upload("alice")))
+
+
+# Scenarios: what happened, in order; then the round's state, its reason and its parts
+
+
+@dataclass(frozen=True)
+class Scenario:
+    clients: str
+    goal: int
+    quorum: int
+    events: Sequence[Event]
+    state: RoundState
+    reason: str
+    parts: str
+
+
+DEADLINE = DeadlinePassed(30.0)
+SCENARIOS = {
+    "nothing happened yet": Scenario("alice bob", 2, 2, [], OPEN, "", "announced announced"),
+    "goal: the last of two results closes the round": Scenario(
+        "alice bob",
+        2,
+        2,
+        [
+            reported("alice", Phase.DOWNLOADING),
+            reported("bob", Phase.DOWNLOADING),
+            reported("alice", Phase.WORKING),
+            reported("alice", Phase.UPLOADING),
+            arrived("alice"),
+            reported("bob", Phase.WORKING),
+            arrived("bob"),
+        ],
+        DONE,
+        "",
+        "accepted accepted",
+    ),
+    "goal not yet reached": Scenario("alice bob carol", 2, 1, [arrived("alice")], OPEN, "", "accepted announced announced"),
+    "over-selection: the goal cancels the rest": Scenario(
+        "alice bob carol dave",
+        2,
+        2,
+        [reported("carol", Phase.WORKING), Left("dave"), arrived("bob"), arrived("alice")],
+        DONE,
+        "",
+        "accepted accepted cancelled cancelled",
+    ),
+    "a quorum at the deadline is enough": Scenario(
+        "alice bob carol", 3, 2, [arrived("alice"), arrived("carol"), DEADLINE], DONE, "", "accepted cancelled accepted"
+    ),
+    "a quorum before the deadline waits for those at work": Scenario(
+        "alice bob carol", 3, 2, [arrived("alice"), arrived("carol")], OPEN, "", "accepted announced accepted"
+    ),
+    "a quorum is enough once nobody is at work": Scenario(
+        "alice bob carol", 3, 2, [arrived("alice"), arrived("carol"), Left("bob")], DONE, "", "accepted cancelled accepted"
+    ),
+    "a quorum is enough once the last has declined": Scenario(
+        "alice bob carol",
+        3,
+        2,
+        [arrived("alice"), arrived("carol"), reported("bob", Phase.DECLINED, "the loss is nan")],
+        DONE,
+        "",
+        "accepted declined accepted",
+    ),
+    "no quorum at the deadline: each client's reason is named": Scenario(
+        "alice bob carol dave",
+        4,
+        3,
+        [arrived("alice"), reported("bob", Phase.WORKING), Left("carol"), DEADLINE],
+        ABANDONED,
+        "the deadline of 30 s passed: quorum of 3 missed with 1 accepted: "
+        "bob working; carol absent (the client left); dave announced",
+        "accepted cancelled cancelled cancelled",
+    ),
+    "a decline can make the quorum impossible": Scenario(
+        "alice bob",
+        2,
+        2,
+        [arrived("alice"), reported("bob", Phase.DECLINED, "the loss is nan in epoch 2 of 5")],
+        ABANDONED,
+        "quorum of 2 missed with 1 accepted: bob declined (the loss is nan in epoch 2 of 5)",
+        "accepted declined",
+    ),
+    "so can a refused upload": Scenario(
+        "alice bob carol",
+        3,
+        2,
+        [
+            Rejected(id_of("alice"), "it holds NaN"),
+            reported("carol", Phase.WORKING),
+            reported("bob", Phase.DECLINED, "on battery"),
+        ],
+        ABANDONED,
+        "quorum of 2 missed with 0 accepted: alice refused (it holds NaN); bob declined (on battery); carol working",
+        "refused declined cancelled",
+    ),
+    "a refused upload is survived if others are enough": Scenario(
+        "alice bob carol",
+        3,
+        2,
+        [Rejected(id_of("alice"), "it holds NaN"), arrived("bob"), arrived("carol")],
+        DONE,
+        "",
+        "refused accepted accepted",
+    ),
+    "the deadline of a fraction of a second is shown as such": Scenario(
+        "alice",
+        1,
+        1,
+        [DeadlinePassed(0.25)],
+        ABANDONED,
+        "the deadline of 0.25 s passed: quorum of 1 missed with 0 accepted: alice announced",
+        "cancelled",
+    ),
+    "one who leaves may come back and finish": Scenario(
+        "alice bob",
+        2,
+        2,
+        [reported("alice", Phase.WORKING), Left("alice"), arrived("bob"), Returned("alice"), arrived("alice")],
+        DONE,
+        "",
+        "accepted accepted",
+    ),
+    "everyone may be gone for a while": Scenario("alice bob", 2, 2, [Left("alice"), Left("bob")], OPEN, "", "absent absent"),
+    "everyone may be gone until the deadline": Scenario(
+        "alice bob",
+        2,
+        2,
+        [Left("alice"), Left("bob"), DEADLINE],
+        ABANDONED,
+        "the deadline of 30 s passed: quorum of 2 missed with 0 accepted: "
+        "alice absent (the client left); bob absent (the client left)",
+        "cancelled cancelled",
+    ),
+    "an upload on its own call outlives the stream": Scenario(
+        "alice bob", 2, 1, [Left("alice"), arrived("alice")], OPEN, "", "accepted announced"
+    ),
+    "one who has answered may leave": Scenario(
+        "alice bob", 2, 2, [arrived("alice"), Left("alice"), Returned("alice")], OPEN, "", "accepted announced"
+    ),
+    "a duplicate counts once": Scenario(
+        "alice bob", 2, 2, [arrived("alice"), arrived("alice", attempt=2)], OPEN, "", "accepted announced"
+    ),
+    "a late result does not count": Scenario(
+        "alice bob",
+        2,
+        1,
+        [arrived("alice"), DEADLINE, arrived("bob")],
+        DONE,
+        "",
+        "accepted cancelled",
+    ),
+    "another's assignment cannot be answered": Scenario(
+        "alice bob", 2, 1, [arrived("alice", sender="bob"), arrived("alice", sender="mallory")], OPEN, "", "announced announced"
+    ),
+    "strangers change nothing": Scenario(
+        "alice bob",
+        2,
+        1,
+        [
+            arrived("mallory"),
+            reported("mallory", Phase.DECLINED, "x"),
+            Rejected(id_of("mallory"), "x"),
+            Left("mallory"),
+            Returned("mallory"),
+        ],
+        OPEN,
+        "",
+        "announced announced",
+    ),
+    "stop abandons whatever there is": Scenario(
+        "alice bob carol",
+        3,
+        1,
+        [arrived("alice"), reported("bob", Phase.DECLINED, "on battery"), Stopped("stopped by an operator")],
+        ABANDONED,
+        "stopped by an operator",
+        "accepted declined cancelled",
+    ),
+    "stop after the end changes nothing": Scenario(
+        "alice", 1, 1, [arrived("alice"), Stopped("stopped by an operator"), DEADLINE], DONE, "", "accepted"
+    ),
+    "a round of nobody ends when it is stopped": Scenario("", 0, 1, [Stopped("nobody attends")], ABANDONED, "nobody attends", ""),
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenarios(name: str) -> None:
+    told = SCENARIOS[name]
+    clients = told.clients.split()
+    round, _ = play(round_of(clients, told.goal, told.quorum), told.events)
+    assert round.state is told.state
+    assert round.reason == told.reason
+    assert states(round) == dict(zip(clients, told.parts.split(), strict=True))
+
+
+def test_the_cancelled_are_told_and_why() -> None:
+    round = round_of(["alice", "bob", "carol"], goal=1, quorum=1)
+    after, actions = step(round, arrived("bob"))
+    withdrawn = [action.part for action in actions if isinstance(action, Withdraw)]
+    assert [part.client for part in withdrawn] == ["alice", "carol"]
+    assert {part.reason for part in withdrawn} == {"round 3 closed: the goal was reached"}
+    assert actions[:2] == (Answer(upload("bob"), Receipt(Verdict.ACCEPTED)), Fold(upload("bob")))
+    assert all(after.parts[part.assignment] is part for part in withdrawn)
+
+
+def test_one_who_returns_is_told_of_its_part_again() -> None:
+    round, _ = play(round_of(["alice", "bob"], 2, 2), [reported("alice", Phase.WORKING), Left("alice")])
+    after, actions = step(round, Returned("alice"))
+    assert actions == (Announce(Part(id_of("alice"), "alice")),)
+    assert after.parts[id_of("alice")] == Part(id_of("alice"), "alice")
+
+
+@pytest.mark.parametrize(
+    ("history", "event", "receipt"),
+    [
+        (
+            [arrived("alice")],
+            arrived("alice", attempt=2),
+            Receipt(Verdict.DUPLICATE, "this result was accepted before and counts once"),
+        ),
+        (
+            [Stopped("stopped by an operator")],
+            arrived("alice"),
+            Receipt(Verdict.LATE, "this part was cancelled: round 3 closed: stopped by an operator"),
+        ),
+        (
+            [arrived("bob"), DEADLINE],
+            arrived("alice"),
+            Receipt(Verdict.LATE, "this part was cancelled: round 3 closed: the deadline of 30 s passed"),
+        ),
+        (
+            [reported("alice", Phase.DECLINED, "on battery")],
+            arrived("alice"),
+            Receipt(Verdict.REFUSED, "this part was declined: on battery"),
+        ),
+        (
+            [Rejected(id_of("alice"), "it holds NaN")],
+            arrived("alice"),
+            Receipt(Verdict.REFUSED, "this part was refused: it holds NaN"),
+        ),
+        ([], arrived("alice", sender="bob"), Receipt(Verdict.REFUSED, "assignment run/3/alice was not given to bob in round 3")),
+        ([], arrived("mallory"), Receipt(Verdict.REFUSED, "assignment run/3/mallory was not given to mallory in round 3")),
+    ],
+)
+def test_receipts_for_what_does_not_count(history: list[Event], event: Arrived, receipt: Receipt) -> None:
+    round, _ = play(round_of(["alice", "bob"], goal=2, quorum=1), history)
+    after, actions = step(round, event)
+    assert after is round
+    assert actions == (Answer(event.upload, receipt),)
+
+
+def test_counting() -> None:
+    round, _ = play(round_of(["alice", "bob", "carol"], 3, 1), [arrived("alice"), reported("bob", Phase.WORKING)])
+    assert round.count(PartState.ACCEPTED) == 1
+    assert round.count(*AT_WORK) == 2
+    assert round.count() == 0
+    assert round.part_of("carol") == Part(id_of("carol"), "carol")
+    assert round.part_of("dave") is None
+
+
+# Any order of any events
+
+CLIENTS = ["alice", "bob", "carol", "dave"]
+ANYONE = st.sampled_from([*CLIENTS, "mallory"])
+ANY_EVENT = st.one_of(
+    st.builds(reported, ANYONE, st.sampled_from(Phase), st.sampled_from(["", "on battery"])),
+    st.builds(arrived, ANYONE, st.none() | ANYONE, st.integers(1, 3)),
+    st.builds(arrived, ANYONE),  # again, so that many rounds reach their goal
+    st.builds(lambda client: Rejected(id_of(client), "it holds NaN"), ANYONE),
+    st.builds(Left, ANYONE),
+    st.builds(Returned, ANYONE),
+    st.just(DEADLINE),
+    st.just(Stopped("stopped by an operator")),
+)
+
+
+@st.composite
+def rounds(draw: st.DrawFn) -> Round:
+    clients = CLIENTS[: draw(st.integers(1, 4))]
+    goal = draw(st.integers(1, len(clients)))
+    return round_of(clients, goal, draw(st.integers(1, goal)))
+
+
+@given(rounds(), st.lists(ANY_EVENT, max_size=25))
+def test_invariants_hold_in_any_order_of_events(round: Round, events: list[Event]) -> None:
+    answered: Counter[str] = Counter()
+    folded: Counter[str] = Counter()
+    for event in events:
+        before = replace(round, parts=dict(round.parts))
+        after, actions = step(round, event)
+        assert round == before, "the machine is pure"
+        assert step(round, event) == (after, actions), "and repeatable"
+        check_step(before, event, after, actions)
+        folded.update(action.upload.assignment for action in actions if isinstance(action, Fold))
+        answered.update(type(action).__name__ for action in actions if isinstance(action, Answer))
+        round = after
+    assert all(count == 1 for count in folded.values()), "each assignment is folded at most once"
+    assert answered["Answer"] == sum(isinstance(event, Arrived) for event in events)
+    assert set(folded) == accepted_in(round)
+    assert len(folded) <= round.goal
+    if any(isinstance(event, DeadlinePassed | Stopped) for event in events):
+        assert round.state is not OPEN
+
+
+def accepted_in(round: Round) -> set[str]:
+    return {part.assignment for part in round.parts.values() if part.state is PartState.ACCEPTED}
+
+
+def check_step(before: Round, event: Event, after: Round, actions: tuple[Action, ...]) -> None:
+    answers = [action for action in actions if isinstance(action, Answer)]
+    folds = [action for action in actions if isinstance(action, Fold)]
+    withdrawn = [action.part for action in actions if isinstance(action, Withdraw)]
+    announced = [action.part for action in actions if isinstance(action, Announce)]
+    closing = before.state is OPEN and after.state is not OPEN
+
+    # answers and folds
+    assert [answer.upload for answer in answers] == ([event.upload] if isinstance(event, Arrived) else [])
+    assert [fold.upload for fold in folds] == [one.upload for one in answers if one.receipt.verdict is Verdict.ACCEPTED]
+    assert {fold.upload.assignment for fold in folds} == accepted_in(after) - accepted_in(before)
+    assert all(before.parts[fold.upload.assignment].client == fold.upload.client for fold in folds)
+
+    # what never changes
+    assert replace(after, parts={}, state=OPEN, reason="") == replace(before, parts={}, state=OPEN, reason="")
+    assert [(key, part.client) for key, part in after.parts.items()] == [(key, part.client) for key, part in before.parts.items()]
+    for key, part in before.parts.items():
+        if part.state not in OPEN_PARTS:
+            assert after.parts[key] is part, "an ended part never changes"
+    if before.state is not OPEN or concerns_nobody(before, event):
+        assert after == before, "an illegal event changes nothing"
+        assert not folds
+        assert not withdrawn
+        assert not announced
+
+    # the end
+    if after.state is not OPEN:
+        assert after.count(*OPEN_PARTS) == 0, "a closed round has no open part"
+    if after.state is DONE:
+        assert after.count(PartState.ACCEPTED) >= after.quorum
+    assert (after.reason != "") is (after.state is ABANDONED)
+    assert [part.assignment for part in withdrawn] == [
+        key for key, part in after.parts.items() if closing and part.state is PartState.CANCELLED
+    ]
+    if not closing:
+        assert sum(after.parts[key] != part for key, part in before.parts.items()) <= 1, "one event, one part"
+    assert [part.client for part in announced] == [
+        event.client for part in before.parts.values() if isinstance(event, Returned) and legal_return(before, part, event)
+    ]
+
+
+def legal_return(round: Round, part: Part, event: Returned) -> bool:
+    return part.client == event.client and part.state in OPEN_PARTS
+
+
+def concerns_nobody(round: Round, event: Event) -> bool:
+    """Whether no open part is meant."""
+    match event:
+        case Reported(assignment) | Rejected(assignment):
+            part = round.parts.get(assignment)
+        case Left(client) | Returned(client):
+            part = round.part_of(client)
+        case Arrived(arriving):
+            part = round.parts.get(arriving.assignment)
+            part = part if part is not None and part.client == arriving.client else None
+        case _:
+            return False
+    return part is None or part.state not in OPEN_PARTS
+
+
+@given(st.permutations(CLIENTS), st.integers(1, 4))
+def test_the_first_results_to_arrive_count_whoever_sends_them(order: list[str], goal: int) -> None:
+    round, actions = play(round_of(CLIENTS, goal, goal), [arrived(client) for client in order])
+    assert round.state is DONE
+    assert accepted_in(round) == {id_of(client) for client in order[:goal]}
+    assert [action.upload.client for action in actions if isinstance(action, Fold)] == order[:goal]
+    late = [action for action in actions if isinstance(action, Answer) and action.receipt.verdict is Verdict.LATE]
+    assert [action.upload.client for action in late] == order[goal:]
