@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from choral_client.config import ClientConfig
 from choral_server.config import ServerConfig
+from pydantic import BaseModel
 
 PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """\

@@ -53,7 +53,10 @@ RESTART_S = 2.0  # when clients come back after a coordinator that was told to e
 
 
 class Coordinator:
-    """Conducts one run after the other. `open_next(rounds, parent)` makes the run that an operator starts after it, if wanted from the model of `parent`."""
+    """Conducts one run after the other.
+
+    `open_next(rounds, parent)` makes the run that an operator starts after the present one, from the model of `parent` if given.
+    """
 
     def __init__(
         self,
