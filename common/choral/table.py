@@ -49,11 +49,14 @@ class Table:
         if missing:
             raise DataError(f"{path}: column {missing[0]} is missing; the file has {', '.join(map(str, frame.columns))}")
         numbers: NDArray[np.float64] = frame[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
-        bad = np.argwhere(~np.isfinite(numbers))
+        with np.errstate(over="ignore"):
+            bad = np.argwhere(~np.isfinite(numbers.astype(np.float32)))
         if len(bad):
             row, column = map(int, bad[0])
             cell = frame[columns].iat[row, column]
-            said = "is empty" if frame[columns].isna().iat[row, column] else f"holds {cell!r}, which is not a finite number"
+            shown = repr(cell) if isinstance(cell, str) else str(cell)
+            what = "does not fit in float32" if np.isfinite(numbers[row, column]) else "is not a finite number"
+            said = "is empty" if frame[columns].isna().iat[row, column] else f"holds {shown}, which {what}"
             raise DataError(f"{path}: row {row + 1}, column {columns[column]} {said}: fill it in or remove the row")
         return numbers
 
