@@ -64,6 +64,8 @@ def _explain(source: str, kind: type[BaseModel], error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{where}: is missing{_meaning(kind, error['loc'])}"
     told = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] == "value_error" and isinstance(error["input"], dict):
+        return f"{where}: {told}"  # a combination of keys, which the message names
     return f"{where}: {_shown(error['input'])} is not allowed: {told}{_meaning(kind, error['loc'])}"
 
 

@@ -33,7 +33,7 @@ class Moments:
     def deviation(self) -> Vector:
         """Standard deviation `(d,)` of the population; 1 where a feature is constant, so that dividing by it is safe.
 
-        Constant means to float32, in which the model computes: what is left of 0.1 minus the mean of many 0.1 is rounding, not spread.
+        Constant to float32, in which the model computes: what is left of 0.1 minus the mean of many 0.1 is rounding, not spread.
         """
         deviation = np.sqrt(self.m2 / self.count)
         return np.where(deviation > np.finfo(np.float32).eps * np.abs(self.mean), deviation, 1.0)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
-from choral.errors import CorruptTransfer, UpdateRefused
+from choral.errors import CorruptTransfer, InvalidMessage, UpdateRefused
 from choral.messages import UploadHeader
 from choral.plan import Kind
 from choral.statistics import Moments
@@ -15,6 +15,7 @@ from choral.statistics import Moments
 from choral_server.aggregate import entry_bound
 
 MAX_EXAMPLES = 2**40
+_LARGEST_FEATURE = 1e30  # the model keeps means and deviations as float32, which ends at 3e38
 _BLOCK = 1 << 20
 
 
@@ -41,9 +42,19 @@ def check_payload(header: UploadHeader, path: Path, cohort_size: int, features: 
     if header.kind is Kind.TRAINING:
         _check_delta(header.client, path, entry_bound(cohort_size))
     elif header.kind is Kind.STATISTICS:
+        _check_statistics(header.client, path, features)
+
+
+def _check_statistics(client: str, path: Path, features: int | None) -> None:
+    try:
         moments = Moments.from_vector(np.fromfile(path, dtype="<f8"))
-        if moments.count > MAX_EXAMPLES or moments.mean.size != features:
-            raise UpdateRefused(f"{header.client} sends statistics of {moments.count:g} examples and {moments.mean.size} features")
+    except InvalidMessage as error:
+        raise UpdateRefused(f"{client} sends {error}") from error
+    if moments.count > MAX_EXAMPLES or moments.mean.size != features:
+        raise UpdateRefused(f"{client} sends statistics of {moments.count:g} examples and {moments.mean.size} features")
+    largest = max(np.abs(moments.mean).max(), moments.deviation.max())
+    if largest > _LARGEST_FEATURE:
+        raise UpdateRefused(f"{client} sends a mean or deviation of {largest:g}; at most {_LARGEST_FEATURE:g} is allowed")
 
 
 def _check_delta(client: str, path: Path, bound: float) -> None:

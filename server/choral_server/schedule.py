@@ -28,6 +28,8 @@ class Schedule(Settings):
         if self.time_zone is not None and self.cron is None:
             raise ValueError("time_zone belongs to cron: give cron too, or remove time_zone")
         if self.cron is not None:
+            if len(self.cron.split()) > 5:  # a sixth would mean seconds, or years
+                raise ValueError(f"{self.cron!r} is no cron expression; write five fields: minute, hour, day, month, weekday")
             try:
                 CronSim(self.cron, datetime.now(self.zone))
             except CronSimError as error:

@@ -147,11 +147,9 @@ class Store:
             watcher.tell(record)
         self._watchers.add(watcher)
         try:
-            while True:
+            while not watcher.ended or watcher.behind:
                 for record in await watcher.news():
                     yield record
-                if watcher.ended:
-                    return
         finally:
             self._watchers.discard(watcher)
 
@@ -178,6 +176,10 @@ class _Watcher:
         self.ended = False
         self._news: dict[tuple[object, ...], Record] = {}
         self._any = asyncio.Event()
+
+    @property
+    def behind(self) -> bool:
+        return bool(self._news)
 
     def tell(self, record: Record) -> None:
         key = _key(record)

@@ -59,6 +59,11 @@ def test_a_constant_feature_is_divided_by_one(value: float, dtype: type) -> None
     assert merged.deviation.tolist() == [1.0]
 
 
+@pytest.mark.parametrize("m2", [0.0, 1e-300, 1e-92, 1e-60])
+def test_a_deviation_is_never_zero_in_the_float32_of_the_models_buffer(m2: float) -> None:
+    assert Moments(4.0, np.zeros(1), np.array([m2])).deviation.astype(np.float32) > 0
+
+
 @given(SHARDS)
 def test_vectors_round_trip(shards: list[NDArray[np.float32]]) -> None:
     moments = merge_all(map(Moments.of, shards))

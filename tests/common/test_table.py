@@ -110,6 +110,7 @@ def test_refuses_a_number_that_float32_cannot_hold(tmp_path: Path, cell: str) ->
     assert _refusal(path).startswith("row 2, column age holds")
     path = _file(tmp_path, f"rooms,age,price\n6,65,{cell}\n")
     assert _refusal(path).startswith("row 1, column price holds")
+    assert "does not fit in float32" in _refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from choral.errors import CorruptTransfer, UpdateRefused
+from choral.messages import UploadHeader
+from choral.metrics import Metric
+from choral.plan import Kind
+from choral.statistics import Moments
+from choral_server.aggregate import entry_bound
+from choral_server.intake import MAX_EXAMPLES, Spool, check_header, check_payload, payload_bytes
+
+HEADER = UploadHeader("run/3/alice", "alice", 202, Kind.TRAINING, 4000, (Metric("loss", 0.5, 20),), ())
+
+
+def test_how_long_a_payload_is() -> None:
+    assert payload_bytes(Kind.TRAINING, 1657, 13) == 4 * 1657
+    assert payload_bytes(Kind.STATISTICS, 1657, 13) == 8 * 27
+    assert payload_bytes(Kind.EVALUATION, 1657, 13) == 0
+    assert payload_bytes(Kind.TRAINING, 10, None) == 40
+
+
+def test_an_admissible_header_passes() -> None:
+    for examples in (1, 202, MAX_EXAMPLES):
+        check_header(replace(HEADER, examples=examples), Kind.TRAINING, 4000)
+    check_header(replace(HEADER, held_out=()), Kind.TRAINING, 4000)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"kind": Kind.STATISTICS}, "alice sends a statistics result; a training result was asked for"),
+        ({"payload_bytes": 3999}, "alice announces 3999 bytes; the model's result has 4000"),
+        ({"payload_bytes": -1}, "alice announces -1 bytes; the model's result has 4000"),
+        ({"examples": 0}, f"alice claims 0 examples; 1 to {MAX_EXAMPLES} are allowed"),
+        ({"examples": -5}, f"alice claims -5 examples; 1 to {MAX_EXAMPLES} are allowed"),
+        ({"examples": MAX_EXAMPLES + 1}, f"alice claims {MAX_EXAMPLES + 1} examples"),
+        ({"held_out": (Metric("loss", 0.5, 20), Metric("mse", 0.5, 0))}, "alice measured mse on 0 examples; at least 1 is needed"),
+        ({"held_out": (Metric("loss", 0.5, -20),)}, "alice measured loss on -20 examples"),
+    ],
+)
+def test_a_header_is_refused_before_a_byte_is_stored(change: dict[str, object], told: str) -> None:
+    with pytest.raises(UpdateRefused) as refused:
+        check_header(replace(HEADER, **change), Kind.TRAINING, 4000)  # type: ignore[arg-type]
+    assert str(refused.value).startswith(told)
+
+
+def _delta(folder: Path, values: Sequence[float] | np.ndarray) -> Path:
+    path = folder / "0.upload"
+    path.write_bytes(np.asarray(values, "<f4").tobytes())
+    return path
+
+
+@pytest.mark.parametrize("cohort_size", [1, 2, 4, 1024])
+def test_an_update_up_to_the_bound_is_admitted_and_no_further(tmp_path: Path, cohort_size: int) -> None:
+    bound = np.float32(entry_bound(cohort_size))
+    assert float(bound) == entry_bound(cohort_size)
+    check_payload(HEADER, _delta(tmp_path, [0.0, bound, -bound]), cohort_size, None)
+    for beyond in (np.nextafter(bound, np.float32(np.inf)), -np.nextafter(bound, np.float32(np.inf))):
+        with pytest.raises(
+            UpdateRefused, match=f"the update of alice holds .*, over the bound of {bound:g}: lower the learning rate"
+        ):
+            check_payload(HEADER, _delta(tmp_path, [0.0, beyond]), cohort_size, None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 2**20 - 1, 2**20, 2**20 + 4])
+def test_an_undefined_number_anywhere_is_refused(tmp_path: Path, value: float, place: int) -> None:
+    delta = np.zeros(2**20 + 5, np.float32)
+    delta[place] = value
+    with pytest.raises(UpdateRefused, match="the update of alice holds an infinite or undefined number: lower the learning rate"):
+        check_payload(HEADER, _delta(tmp_path, delta), 2, None)
+
+
+STATISTICS = replace(HEADER, kind=Kind.STATISTICS)
+
+
+def _statistics(folder: Path, vector: Sequence[float] | np.ndarray) -> Path:
+    path = folder / "0.upload"
+    path.write_bytes(np.asarray(vector, "<f8").tobytes())
+    return path
+
+
+def test_statistics_are_admitted(tmp_path: Path) -> None:
+    moments = Moments.of(np.array([[1.0, 2.0], [3.0, 5.0]]))
+    check_payload(STATISTICS, _statistics(tmp_path, moments.to_vector()), 2, features=2)
+
+
+@pytest.mark.parametrize(
+    ("vector", "told"),
+    [
+        ([2.0, 1.0, 1.0], "1 features"),
+        ([2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], "3 features"),
+        ([MAX_EXAMPLES * 2.0, 1.0, 1.0, 1.0, 1.0], "examples"),
+        ([0.0, 1.0, 1.0, 1.0, 1.0], "examples"),
+        ([2.0, math.nan, 1.0, 1.0, 1.0], "not finite"),
+        ([2.0, 1.0, 1.0, math.inf, 1.0], "not finite"),
+        ([2.0, 1.0, 1.0, 1.0, -1.0], "negative sum of squares"),
+    ],
+)
+def test_statistics_that_are_none_are_refused(tmp_path: Path, vector: list[float], told: str) -> None:
+    with pytest.raises(UpdateRefused, match=told):
+        check_payload(STATISTICS, _statistics(tmp_path, vector), 2, features=2)
+
+
+@pytest.mark.parametrize("vector", [[2.0, 1e39, 0.0, 1.0, 1.0], [2.0, 0.0, -1e300, 1.0, 1.0], [2.0, 0.0, 0.0, 1.0, 1e300]])
+def test_statistics_that_float32_buffers_cannot_hold_are_refused(tmp_path: Path, vector: list[float]) -> None:
+    """The model's mean or scale would become infinite, and every client's prediction undefined."""
+    with pytest.raises(UpdateRefused):
+        check_payload(STATISTICS, _statistics(tmp_path, vector), 2, features=2)
+
+
+def test_the_result_of_an_evaluation_has_no_payload_to_check(tmp_path: Path) -> None:
+    check_payload(replace(HEADER, kind=Kind.EVALUATION), _delta(tmp_path, []), 2, None)
+
+
+# The spool
+
+
+async def _pieces(*pieces: bytes, then: BaseException | None = None) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+    if then is not None:
+        raise then
+
+
+async def test_pieces_become_one_file_each_upload_its_own(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "state" / "spool")
+    first, second = await spool.store(6, _pieces(b"abc", b"", b"def")), await spool.store(0, _pieces())
+    assert first.read_bytes() == b"abcdef"
+    assert second.read_bytes() == b""
+    assert first != second
+    assert {first.parent, second.parent} == {tmp_path / "state" / "spool"}
+
+
+@pytest.mark.parametrize(("announced", "told"), [(7, "6 bytes arrived where 7 were announced"), (5, "6 bytes arrived where 5")])
+async def test_another_length_than_announced_leaves_no_file(tmp_path: Path, announced: int, told: str) -> None:
+    with pytest.raises(CorruptTransfer, match=told):
+        await Spool(tmp_path).store(announced, _pieces(b"abc", b"def"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", [CorruptTransfer("CRC"), ConnectionResetError(), KeyboardInterrupt()])
+async def test_a_broken_transfer_leaves_no_file(tmp_path: Path, broken: BaseException) -> None:
+    with pytest.raises(type(broken)):
+        await Spool(tmp_path).store(6, _pieces(b"abc", then=broken))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_at_the_start_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("0.upload", "17.upload", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    Spool(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+from choral.statistics import Moments, merge_all
+from choral_server.statistics_sum import StatisticsSum
+
+
+def _merged(folder: Path, order: tuple[str, ...], shards: dict[str, np.ndarray]) -> Moments:
+    total = StatisticsSum()
+    for client in order:
+        path = folder / f"{client}.upload"
+        path.write_bytes(Moments.of(shards[client]).to_vector().astype("<f8").tobytes())
+        total.fold(path, client)
+    return merge_all(total.parts())
+
+
+def test_the_order_of_arrival_changes_no_bit(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    shards = {client: generator.normal(10, 3, (rows, 2)) for client, rows in zip("dbca", (7, 100, 3, 31), strict=True)}
+    merged = [_merged(tmp_path, order, shards).to_vector() for order in permutations(shards)]
+    assert len({vector.tobytes() for vector in merged}) == 1
+    pooled = np.concatenate(list(shards.values()))
+    np.testing.assert_allclose(merged[0], [141, *pooled.mean(axis=0), *(pooled.var(axis=0) * 141)], rtol=1e-12)
+
+
+def test_parts_are_in_the_order_of_names(tmp_path: Path) -> None:
+    total = StatisticsSum()
+    for client, rows in (("bob", 2), ("alice", 3)):
+        path = tmp_path / client
+        path.write_bytes(Moments.of(np.ones((rows, 1))).to_vector().astype("<f8").tobytes())
+        total.fold(path, client)
+    assert [part.count for part in total.parts()] == [3, 2]

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import ipaddress
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from choral.errors import TrustError
+from choral.status import from_rpc
+from choral_server.trust import make_authority
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+FILES = ["ca.key", "ca.pem", "server.key", "server.pem"]
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+@asynccontextmanager
+async def _served(folder: Path) -> AsyncIterator[int]:
+    """A real server that shows the folder's certificate; gives its port."""
+    server = grpc.aio.server()
+    healthy = health.aio.HealthServicer()
+    await healthy.set("", SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    pair = ((folder / "server.key").read_bytes(), (folder / "server.pem").read_bytes())
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+    await server.start()
+    try:
+        yield port
+    finally:
+        await server.stop(None)
+
+
+async def _asked(address: str, ca: bytes) -> int:
+    async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca)) as channel:
+        request = health_pb2.HealthCheckRequest()
+        return (await health_pb2_grpc.HealthStub(channel).Check(request, timeout=30)).status  # type: ignore[no-any-return]
+
+
+async def _refusal(address: str, ca: bytes) -> Exception:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await _asked(address, ca)
+    return from_rpc(raised.value, address)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "called"), [(["127.0.0.1"], "127.0.0.1"), (["coordinator.example.org", "localhost"], "localhost")]
+)
+async def test_a_client_with_the_ca_connects_by_any_of_the_hosts(tmp_path: Path, hosts: list[str], called: str) -> None:
+    make_authority(tmp_path, hosts)
+    async with _served(tmp_path) as port:
+        assert await _asked(f"{called}:{port}", (tmp_path / "ca.pem").read_bytes()) == SERVING
+
+
+async def test_a_client_with_another_ca_refuses_the_coordinator(tmp_path: Path) -> None:
+    for name in ("ours", "theirs"):
+        make_authority(tmp_path / name, ["127.0.0.1"])
+    async with _served(tmp_path / "ours") as port:
+        error = await _refusal(f"127.0.0.1:{port}", (tmp_path / "theirs" / "ca.pem").read_bytes())
+    assert type(error) is TrustError
+    assert "shows a certificate that the given CA did not sign for that name" in str(error)
+
+
+async def test_a_client_refuses_a_name_that_the_certificate_does_not_have(tmp_path: Path) -> None:
+    make_authority(tmp_path, ["coordinator.example.org", "10.0.0.5"])
+    async with _served(tmp_path) as port:
+        error = await _refusal(f"127.0.0.1:{port}", (tmp_path / "ca.pem").read_bytes())
+    assert type(error) is TrustError
+    assert "an address that was given to it with --host" in str(error)
+
+
+def test_names_and_addresses_are_in_the_certificate(tmp_path: Path) -> None:
+    make_authority(tmp_path, ["coordinator.example.org", "localhost", "10.0.0.5", "::1"])
+    certificate = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["coordinator.example.org", "localhost"]
+    assert names.get_values_for_type(x509.IPAddress) == [ipaddress.ip_address("10.0.0.5"), ipaddress.ip_address("::1")]
+
+
+def test_only_the_authority_may_sign(tmp_path: Path) -> None:
+    make_authority(tmp_path, ["localhost"])
+    authority, server = (x509.load_pem_x509_certificate((tmp_path / name).read_bytes()) for name in ("ca.pem", "server.pem"))
+    server.verify_directly_issued_by(authority)
+    assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert not server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    for certificate, key_file in ((authority, "ca.key"), (server, "server.key")):
+        key = load_pem_private_key((tmp_path / key_file).read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        assert key.public_key() == certificate.public_key()
+
+
+def test_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
+    make_authority(tmp_path / "deep" / "tls", ["localhost"])
+    assert sorted(path.name for path in (tmp_path / "deep/tls").iterdir()) == FILES
+    for name in ("ca.key", "server.key"):
+        assert stat.S_IMODE((tmp_path / "deep/tls" / name).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("existing", FILES)
+def test_nothing_is_overwritten(tmp_path: Path, existing: str) -> None:
+    (tmp_path / existing).write_bytes(b"precious")
+    with pytest.raises(TrustError, match="exists already: choose another folder") as refused:
+        make_authority(tmp_path, ["localhost"])
+    assert str(refused.value).startswith(f"{tmp_path / existing} ")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(existing, b"precious")]
+
+
+@pytest.mark.parametrize("host", ["köln.example.org", "two words", "10.0.0.5:8470", "https://coordinator", ""])
+def test_a_host_that_is_neither_name_nor_address_is_refused_and_nothing_is_written(tmp_path: Path, host: str) -> None:
+    with pytest.raises(TrustError, match="is neither an IP address nor a DNS name") as refused:
+        make_authority(tmp_path / "tls", ["localhost", host])
+    assert repr(host) in str(refused.value)
+    assert not (tmp_path / "tls").exists() or list((tmp_path / "tls").iterdir()) == []
+
+
+def test_each_authority_has_keys_of_its_own(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_authority(tmp_path / name, ["localhost"])
+    keys = {(tmp_path / name / file).read_bytes() for name in ("a", "b") for file in ("ca.key", "server.key")}
+    assert len(keys) == 4
