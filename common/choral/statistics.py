@@ -36,7 +36,9 @@ class Moments:
         Constant to float32, in which the model computes: what is left of 0.1 minus the mean of many 0.1 is rounding, not spread.
         """
         deviation = np.sqrt(self.m2 / self.count)
-        return np.where(deviation > np.finfo(np.float32).eps * np.abs(self.mean), deviation, 1.0)
+        float32 = np.finfo(np.float32)
+        least = np.maximum(float32.eps * np.abs(self.mean), float32.tiny)
+        return np.where(deviation > least, deviation, 1.0)
 
     def to_vector(self) -> Vector:
         """`(1 + 2d,)`: count, means, M2."""

@@ -14,6 +14,7 @@ from choral.errors import ChoralError, TrustError, Unreachable, by_name
 DOMAIN = "choral.v1"
 _LINK_BROKEN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
 
+_NOT_TRUSTED = ("SSL_ERROR_SSL", "Hostname Verification", "CERTIFICATE_VERIFY_FAILED")
 _LOCAL_FAILURE = "Internal error from Core"  # gRPC's word for a call that ended under its feet, whatever the reason
 
 
@@ -33,7 +34,7 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str) -> ChoralError:
     if reason is not None:
         return by_name(reason)(error.details() or reason)
     details = error.details() or error.code().name
-    if "CERTIFICATE_VERIFY_FAILED" in details or "Peer name" in details:
+    if any(sign in details for sign in _NOT_TRUSTED):
         return TrustError(
             f"the coordinator at {address} shows a certificate that the given CA did not sign for that name ({details}): "
             "use the ca.pem that `choral server init` wrote and an address that was given to it with --host"

@@ -52,7 +52,6 @@ def root(
     """Federated learning for PyTorch: one model, trained by many devices that keep their data."""
 
 
-@app.command()
 def shards(
     data_set: Annotated[str, typer.Argument(help="boston_housing, breast_cancer or digits")],
     out: Annotated[str, typer.Option(help="Folder to write to.")],
@@ -66,6 +65,10 @@ def shards(
 
     for name, path in deal(data_set, client, Path(out), seed).items():
         typer.echo(f"{name}\t{path}")
+
+
+if has_server:  # a device has a shard of its own
+    app.command()(shards)
 
 
 def main() -> None:

@@ -170,7 +170,9 @@ class Coordinator:
         if made is not None:
             self._sessions.say_all(NewVersion(made))
             if self.run.has_test_set:
-                self.run.measured("test", made.number, await asyncio.to_thread(self.run.measure))
+                measured = await asyncio.to_thread(self.run.measure)
+                self.run.measured("test", made.number, measured)
+                log.info("measured", version=made.number, on="test", **{m.name: round(m.value, 4) for m in measured})
         return closed
 
     def _open(self, kind: Kind) -> Round:

@@ -53,7 +53,7 @@ class GlobalModel:
         return evaluate(self.task, self._model, examples)
 
     def to_bytes(self, metadata: dict[str, str]) -> bytes:
-        """The state dict as a safetensors file."""
+        """The state dict as a safetensors file. One key of metadata at most: safetensors writes several in random order."""
         return save({name: tensor.clone().contiguous() for name, tensor in self._model.state_dict().items()}, metadata)
 
     def load(self, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -169,8 +170,8 @@ class Run:
 
     def _write(self, number: int) -> VersionRef:
         record = self.record
-        metadata = {"task": record.task, "task_version": record.task_version, "run": record.name, "version": str(number)}
-        return self.checkpoints.write(number, self.model.to_bytes(metadata))
+        origin = {"run": record.name, "task": record.task, "task_version": record.task_version, "version": number}
+        return self.checkpoints.write(number, self.model.to_bytes({"choral": json.dumps(origin)}))
 
 
 def open_run(config: ServerConfig, task: Task, test_set: Dataset[Any] | None, store: Store, now: datetime) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,10 +33,10 @@ def make_authority(folder: Path, hosts: Sequence[str]) -> None:
         raise TrustError(
             f"{folder / existing[0]} exists already: choose another folder, or remove it if no client trusts it any more"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     ca_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     authority = _authority(ca_key)
     server = _server(server_key, hosts, authority, ca_key)
+    folder.mkdir(parents=True, exist_ok=True)
     _write_key(folder / CA_KEY, ca_key)
     _write_key(folder / SERVER_KEY, server_key)
     (folder / SERVER_CERTIFICATE).write_bytes(server.public_bytes(serialization.Encoding.PEM))
@@ -93,10 +94,9 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(host)
-    except ValueError as error:
-        raise TrustError(f"host {host!r} is neither an IP address nor a DNS name: give names as clients will write them") from error
+    if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9])?", host):
+        raise TrustError(f"host {host!r} is neither an IP address nor a DNS name: give names as clients will write them")
+    return x509.DNSName(host)
 
 
 def _write_key(path: Path, key: Key) -> None:
