@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import signal
+from pathlib import Path
 
 import structlog
+from cryptography import x509
 from choral import __version__
 from choral.errors import ConfigError, TrustError
 from choral.messages import Hello
@@ -36,6 +38,8 @@ async def attend(config: ClientConfig) -> None:
         raise ConfigError(
             f"state: {config.folder} cannot be used ({error.strerror}): give a folder that this user may write"
         ) from error
+    if ca is not None:
+        _check_certificate(ca, config.ca)
     set_threads(config.threads)
     task = load_task(config.task)
     shard = load_shard(task, config.data, config.holdout)
@@ -63,3 +67,10 @@ async def attend(config: ClientConfig) -> None:
         log.info("client ends", reason="it was told to")
     finally:
         await transport.close()
+
+
+def _check_certificate(content: bytes, path: Path | None) -> None:
+    try:
+        x509.load_pem_x509_certificates(content)
+    except ValueError as error:
+        raise TrustError(f"ca: {path} holds no certificate in PEM form: copy the coordinator's ca.pem here") from error

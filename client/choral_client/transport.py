@@ -100,10 +100,16 @@ class _GrpcAttendance:
     def __init__(self, call: Any, address: str) -> None:
         self._call = call
         self._address = address
+        self._writing = asyncio.Lock()
 
     async def say(self, message: FromClient) -> None:
+        # Shielded: gRPC cancels the whole stream with a write that is cancelled, and work may be withdrawn at any moment.
+        await asyncio.shield(self._write(message))
+
+    async def _write(self, message: FromClient) -> None:
         try:
-            await self._call.write(wire.from_client_to_pb(message))
+            async with self._writing:
+                await self._call.write(wire.from_client_to_pb(message))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise Unreachable(f"the stream to the coordinator at {self._address} has ended") from error
 
@@ -113,6 +119,11 @@ class _GrpcAttendance:
                 yield wire.from_coordinator_from_pb(response)
             if await self._call.code() is not grpc.StatusCode.OK:
                 await self._call  # raises what ended the stream
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise Unreachable(f"the stream to the coordinator at {self._address} was cancelled") from error
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, self._address) from error
 

@@ -123,12 +123,11 @@ async def _federate(
         async with asyncio.TaskGroup() as group:  # the first process that fails ends the demo
             for child in everyone:
                 group.create_task(child.succeed())
+        await asyncio.gather(watching, return_exceptions=True)  # it ends with the coordinator
     except* ChoralError as failures:
         raise failures.exceptions[0] from None
     finally:
-        if not watching.done() and observed.outcome is None:
-            watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        watching.cancel()
     if observed.outcome is None or observed.outcome.state != pb.RUN_STATE_FINISHED:
         raise ChoralError(f"the run did not finish; see {out / 'logs' / 'coordinator.log'}")
 
