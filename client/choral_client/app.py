@@ -8,12 +8,12 @@ import signal
 from pathlib import Path
 
 import structlog
-from cryptography import x509
 from choral import __version__
 from choral.errors import ConfigError, TrustError
 from choral.messages import Hello
 from choral.task import load_task
 from choral.wire import PROTOCOL_VERSION
+from cryptography import x509
 
 from choral_client.agent import Agent
 from choral_client.config import ClientConfig

@@ -33,5 +33,5 @@ def read(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: does not exist; no client has run with this state folder") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: is damaged ({error}); start the client again") from error
+        raise ConfigError(f"{path}: is damaged ({error}): start the client again") from error
     return note | {"age_s": round(time.time() - note["at"], 1)}

@@ -34,6 +34,8 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str) -> ChoralError:
     if reason is not None:
         return by_name(reason)(error.details() or reason)
     details = error.details() or error.code().name
+    if "WRONG_VERSION_NUMBER" in details:
+        return TrustError(f"what answers at {address} does not speak TLS: look at the port, and at the coordinator's tls")
     if any(sign in details for sign in _NOT_TRUSTED):
         return TrustError(
             f"the coordinator at {address} shows a certificate that the given CA did not sign for that name ({details}): "

@@ -15,6 +15,7 @@ from choral.standardize import standardize_of
 from choral.statistics import Moments
 from choral.task import Task
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.data import Dataset
@@ -57,8 +58,11 @@ class GlobalModel:
         return save({name: tensor.clone().contiguous() for name, tensor in self._model.state_dict().items()}, metadata)
 
     def load(self, path: Path) -> None:
-        """Take the state from a safetensors file. Raises ConfigError: it belongs to another model."""
-        state = load_file(path)
+        """Take the state from a safetensors file. Raises ConfigError: it is damaged, or belongs to another model."""
+        try:
+            state = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path}: cannot be loaded ({error}): restore it, or give the run another name") from error
         present = _difference(self._model, state)
         if present is not None:
             raise ConfigError(f"{path}: is not of task {self.task.name} {self.task.version}: {present}; give the run another name")

@@ -73,6 +73,7 @@ class Run:
             )
         self.model.load(path)
         self.version = self.checkpoints.reference(self.record.latest)
+        self.checkpoints.point(LATEST, self.record.latest)  # the earlier process may have ended before it did
         self._store.save(self.record, VersionRecord(self.record.name, self.version, path, now))
 
     def save(self, **changes: Any) -> None:
@@ -137,7 +138,8 @@ class Run:
         path = self.checkpoints.path(version.number)
         self._store.save(self.record, VersionRecord(self.record.name, version, path, now))
         self.checkpoints.point(LATEST, version.number)
-        self.checkpoints.prune({version.number, self.record.progress.best or version.number})
+        best = self.record.progress.best
+        self.checkpoints.prune({version.number} if best is None else {version.number, best})
 
     @property
     def has_test_set(self) -> bool:

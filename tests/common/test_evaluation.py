@@ -73,6 +73,17 @@ def test_metrics_cover_all_examples_and_both_kinds_of_datasets_agree(count: int)
     assert measured[2].value == count
 
 
+def test_no_graph_is_built_for_gradients() -> None:
+    wanted: list[bool] = []
+
+    def metric(prediction: Tensor, target: Tensor) -> float:
+        wanted.append(prediction.requires_grad)
+        return 0.0
+
+    evaluate(_task(metrics={"m": metric}), _double(), TensorDataset(torch.ones(1, 1), torch.ones(1, 1)))
+    assert wanted == [False]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_measured_in_evaluation_mode_and_left_as_it_was(training: bool) -> None:
     model = nn.Sequential(_double(), nn.Dropout(0.99), nn.BatchNorm1d(1)).train(training)

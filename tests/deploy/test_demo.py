@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from choral.tasks.boston_housing import task
 from safetensors.torch import load_file
 from torch.nn.functional import mse_loss
-
-from choral.tasks.boston_housing import task
 
 DEMO = [sys.executable, "-m", "choral_deploy.cli", "demo"]
 
@@ -58,7 +57,9 @@ def test_the_checkpoint_predicts_from_raw_features_as_well_as_the_report_says(de
 
 def test_every_device_ends_with_the_same_model(demo: tuple[Path, list[str]]) -> None:
     out, _ = demo
-    models = {(out / name).read_bytes() for name in ("model.safetensors", "alice/state/model.safetensors", "bob/state/model.safetensors")}
+    models = {
+        (out / name).read_bytes() for name in ("model.safetensors", "alice/state/model.safetensors", "bob/state/model.safetensors")
+    }
     assert len(models) == 1
 
 

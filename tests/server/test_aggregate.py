@@ -73,6 +73,12 @@ def test_all_orders_of_updates_that_floats_would_sum_differently(spool: Path) ->
     assert len(sums) > 1  # or this test would show nothing
 
 
+@pytest.mark.parametrize(("steps", "rounded"), [(0.25, 0.0), (0.75, 1.0), (-0.75, -1.0), (2.5, 2.0), (3.5, 4.0)])
+def test_each_update_is_rounded_to_the_nearest_step(spool: Path, steps: float, rounded: float) -> None:
+    step = 2.0**-FRACTION_BITS
+    assert folded(spool, [(np.array([steps * step], np.float32), CAP)]).tolist() == [rounded * step]
+
+
 def test_one_client_alone_is_taken_as_it_is(spool: Path) -> None:
     delta = np.array([0.25, -3.5, 0.0, 1e-3], np.float32)
     assert folded(spool, [(delta, CAP)])[:3].tolist() == [0.25, -3.5, 0.0]

@@ -58,7 +58,17 @@ def test_other_seeds_and_rounds_choose_others() -> None:
 
 @pytest.mark.parametrize(
     ("cohort_size", "over_selection", "asked"),
-    [(2, 0.0, 2), (10, 0.3, 13), (10, 0.31, 14), (1, 0.01, 2), (3, 1.0, 6), (100, 0.07, 107), (1000, 0.1, 1100), (7, 0.3, 10)],
+    [
+        (2, 0.0, 2),
+        (10, 0.3, 13),
+        (10, 0.31, 14),
+        (1, 0.01, 2),
+        (3, 1.0, 6),
+        (100, 0.07, 107),
+        (50, 0.1, 55),
+        (25, 0.12, 28),
+        (7, 0.3, 10),
+    ],
 )
 def test_over_selection_is_rounded_up_but_not_by_floating_point(cohort_size: int, over_selection: float, asked: int) -> None:
     assert selected(cohort_size, over_selection) == asked

@@ -148,8 +148,10 @@ def test_each_event_in_each_state(before: PartState, name: str) -> None:
     else:
         assert after.state is OPEN
         assert after.parts[id_of("bob")] is bob
-    if before not in OPEN_PARTS:
-        assert part is subject
+    if CELLS[before, name] is before:
+        assert part == subject
+    if part.state is PartState.ACCEPTED:
+        assert part.reason == ""
 
 
 def expected_actions(before: Part, after: Part, event: Event, round: Round) -> tuple[Action, ...]:

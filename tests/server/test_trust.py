@@ -123,3 +123,13 @@ def test_each_authority_has_keys_of_its_own(tmp_path: Path) -> None:
         make_authority(tmp_path / name, ["localhost"])
     keys = {(tmp_path / name / file).read_bytes() for name in ("a", "b") for file in ("ca.key", "server.key")}
     assert len(keys) == 4
+
+
+async def test_a_coordinator_without_tls_is_not_said_to_show_a_wrong_certificate(tmp_path: Path) -> None:
+    make_authority(tmp_path, ["127.0.0.1"])
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    error = await _refusal(f"127.0.0.1:{port}", (tmp_path / "ca.pem").read_bytes())
+    await server.stop(None)
+    assert "shows a certificate" not in str(error)

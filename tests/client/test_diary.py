@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from choral.errors import ConfigError
+from choral_client.diary import Diary, read
+
+
+def test_the_last_note_is_read_with_its_age(tmp_path: Path) -> None:
+    before = time.time()
+    Diary(tmp_path).write("attending", run="boston")
+    Diary(tmp_path).write("working", round=7)
+    note = read(tmp_path)
+    assert (note["doing"], note["round"]) == ("working", 7)
+    assert "run" not in note
+    assert before <= note["at"] <= time.time()
+    assert 0 <= note["age_s"] <= time.time() - before + 0.1
+
+
+def test_an_old_note_is_old(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(json.dumps({"doing": "attending", "at": time.time() - 100}))
+    assert read(tmp_path)["age_s"] >= 100
+
+
+def test_only_the_note_is_left_in_the_folder(tmp_path: Path) -> None:
+    Diary(tmp_path).write("attending")
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_no_note(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"status\.json: does not exist; no client has run with this state folder"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"doing": "attending"'])
+def test_a_damaged_note(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "status.json").write_text(damage)
+    with pytest.raises(ConfigError, match=r"status\.json: is damaged \(.*\): start the client again"):
+        read(tmp_path)
