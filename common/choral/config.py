@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,6 +65,8 @@ def _explain(source: str, kind: type[BaseModel], error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{where}: is missing{_meaning(kind, error['loc'])}"
     told = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if isinstance(error["input"], str) and re.fullmatch(r"\d+[eE][-+]?\d+", error["input"]):
+        told += "; YAML takes this for text: write 1.0e-3, with a point"
     if error["type"] == "value_error" and isinstance(error["input"], dict):
         return f"{where}: {told}"  # a combination of keys, which the message names
     return f"{where}: {_shown(error['input'])} is not allowed: {told}{_meaning(kind, error['loc'])}"

@@ -14,7 +14,8 @@ from choral.errors import ChoralError, TrustError, Unreachable, by_name
 DOMAIN = "choral.v1"
 _LINK_BROKEN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
 
-_NOT_TRUSTED = ("SSL_ERROR_SSL", "Hostname Verification", "CERTIFICATE_VERIFY_FAILED")
+# What gRPC 1.62 to 1.85 say of a certificate that they do not accept; it has no status code of its own.
+_NOT_TRUSTED = ("SSL_ERROR_SSL", "Hostname Verification", "CERTIFICATE_VERIFY_FAILED", "Peer name")
 _LOCAL_FAILURE = "Internal error from Core"  # gRPC's word for a call that ended under its feet, whatever the reason
 
 

@@ -1,12 +1,14 @@
 """The round as a state machine: (round, event) -> (round, actions). Pure: no input or output, no clock, no randomness.
 
-A part, one client's share of the round, moves through these phases; every other pair of event and phase changes nothing:
+A part, one client's share of the round, moves through these states; once it has ended, no event changes it:
 
     announced ─ downloading ─ working ─ uploading ──▶ accepted     a verified result arrived
         │           └────────────┴──────────┴───────▶ declined     the client will not do it
         │                                        └──▶ refused      the result cannot count
         └──▶ absent ──▶ announced                                  the client left; it came back
     anything still open when the round closes ──────▶ cancelled
+
+A result, a decline or a refusal ends a part from any open state, `absent` too: uploads do not need the client's stream.
 
 The round closes as done when `goal` results are accepted, or when at least `quorum` are and nobody is still at work; it is
 abandoned when a quorum has become impossible, at the deadline without one, and when an operator stops it.
