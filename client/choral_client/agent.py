@@ -7,10 +7,12 @@ import itertools
 import random
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 from choral.errors import ChoralError, NameTaken, Unreachable
@@ -23,7 +25,6 @@ from choral.messages import (
     Hello,
     NewVersion,
     Phase,
-    Receipt,
     Status,
     UploadHeader,
     Verdict,
@@ -41,7 +42,8 @@ from choral_client.work import Work
 
 log = structlog.get_logger()
 MODEL = "model.safetensors"
-_UPLOAD_ATTEMPTS = 4
+_ATTEMPTS = 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class Agent:
                 held_out=result.held_out,
                 work=result.work,
             )
-            receipt = await self._send(header, result.payload)
+            receipt = await self._patiently("upload", lambda: self._transport.upload(header, result.payload))
         except ChoralError as error:
             await self._decline(assignment, stream, str(error))
         except Stopped:
@@ -200,14 +202,15 @@ class Agent:
         with suppress(Unreachable):
             await stream.say(Status(assignment.id, Phase.DECLINED, reason))
 
-    async def _send(self, header: UploadHeader, payload: memoryview) -> Receipt:
+    async def _patiently(self, what: str, transfer: Callable[[], Awaitable[T]]) -> T:
+        """The result of a transfer, tried again if the link broke under it or damaged it."""
         for attempt in itertools.count(1):
             try:
-                return await self._transport.upload(header, payload)
+                return await transfer()
             except ChoralError as error:
-                if not error.retryable or attempt == _UPLOAD_ATTEMPTS:
+                if not error.retryable or attempt == _ATTEMPTS:
                     raise
-                log.warning("upload failed", reason=str(error), attempt=attempt)
+                log.warning(f"{what} failed", reason=str(error), attempt=attempt)
                 await asyncio.sleep(full_jitter(attempt, self._rng))
         raise AssertionError("count never ends")
 
@@ -215,7 +218,7 @@ class Agent:
         """The checkpoint of a version: the one held, or a download that is then held. One at a time."""
         async with self._fetching:
             if self._held is None or not self._holds(version):
-                content = await self._transport.download(version)
+                content = await self._patiently("download", lambda: self._transport.download(version))
                 self._held = version, content
                 await self._thread.do(partial(_replace_file, self._model_path, content))
             return self._held[1]

@@ -20,6 +20,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it would print, our own messages say
+
 # A device's image has no server code, and a server's need not have the client's: what is absent is not offered.
 has_server = find_spec("choral_server") is not None
 has_client = find_spec("choral_client") is not None

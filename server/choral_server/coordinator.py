@@ -80,7 +80,6 @@ class Coordinator:
         self._triggered = False
         self.draining = False
         self._abandoned = 0
-        self._opened_at: datetime | None = None
         self._retry_at: datetime | None = None
 
     # The run
@@ -124,8 +123,8 @@ class Coordinator:
             return None, None  # whoever is here measures the last version
         if self._retry_at is not None and now < self._retry_at:
             return f"the last round was abandoned; the next attempt comes {settings.retry_s:g} s after it", self._retry_at
-        if kind is Kind.TRAINING and not self._triggered:
-            due = next_due(settings.schedule, self._opened_at, record.started_at)
+        if kind is Kind.TRAINING and not self._triggered and self._retry_at is None:
+            due = next_due(settings.schedule, record.opened_at, record.started_at)
             if now < due:
                 return "the schedule opens the next round later", due
         needed = max(settings.needed, settings.start_with or 0) if record.next_round == 0 else settings.needed
@@ -133,7 +132,8 @@ class Coordinator:
         return (f"waiting for clients: {present} of {needed} attend", None) if present < needed else (None, None)
 
     def _count_abandoned(self, closed: Round) -> None:
-        if closed.state is RoundState.DONE or closed.kind is Kind.EVALUATION or not self.run.active or self.draining:
+        mine = closed.run == self.run.record.name and self.run.active
+        if closed.state is RoundState.DONE or closed.kind is Kind.EVALUATION or not mine or self.draining:
             self._abandoned, self._retry_at = 0, None
             return
         self._abandoned += 1
@@ -146,42 +146,43 @@ class Coordinator:
 
     async def run_round(self, kind: Kind) -> Round:
         """Announce one round, take what comes until it closes, and publish what it gives."""
+        run = self.run  # an operator may stop it and start another while this round ends
         began = time.monotonic()
-        current = self._open(kind)
-        aggregate = self.run.aggregate(kind)
+        current = self._open(run, kind)
+        aggregate = run.aggregate(kind)
         for part in current.parts.values():
-            self._sessions.say(part.client, self._assignment(current, part))
-        deadline_s = self.run.settings.deadline_s
+            self._sessions.say(part.client, _assignment(run, current, part))
+        deadline_s = run.settings.deadline_s
         timer = asyncio.get_running_loop().call_later(deadline_s, self._inbox.put_nowait, DeadlinePassed(deadline_s))
         while current.state is RoundState.OPEN or not self._inbox.empty():  # what arrived with the last result is answered too
             current, actions = step(current, await self._inbox.get())
             self._move(current)
             for action in actions:
-                await self._act(current, action, aggregate)
+                await self._act(run, current, action, aggregate)
         timer.cancel()
-        self.run.measured_by_clients(current)
+        run.measured_by_clients(current)
         made = None
         if current.state is RoundState.DONE and aggregate is not None:
-            made = await offload(self.run.version.size_bytes, self.run.make_version, aggregate)
-            self.run.publish(made, kind, self._clock())
+            made = await offload(run.version.size_bytes, run.make_version, aggregate)
+            run.publish(made, kind, self._clock())
         closed = replace(current, duration_s=time.monotonic() - began)
         self._move(closed)
-        self._log_round(closed)
+        _log_round(run, closed)
         if made is not None:
             self._sessions.say_all(NewVersion(made))
-            if self.run.has_test_set:
-                measured = await asyncio.to_thread(self.run.measure)
-                self.run.measured("test", made.number, measured)
+            if run.has_test_set:
+                measured = await asyncio.to_thread(run.measure)
+                run.measured("test", made.number, measured)
                 log.info("measured", version=made.number, on="test", **{m.name: round(m.value, 4) for m in measured})
         return closed
 
-    def _open(self, kind: Kind) -> Round:
+    def _open(self, run: Run, kind: Kind) -> Round:
         """Choose the cohort and store the round, before anyone hears of it."""
-        settings, record = self.run.settings, self.run.record
+        settings, record, now = run.settings, run.record, self._clock()
         number, present, goal, quorum = record.next_round, self._sessions.present(), settings.cohort_size, settings.needed
         if kind is Kind.TRAINING:
             size = cohort.selected(settings.cohort_size, settings.over_selection)
-            self._triggered, self._opened_at = False, self._clock()
+            self._triggered = False
         else:  # statistics and the last measurement come from everyone who is here
             size = goal = len(present)
             quorum = quorum if kind is Kind.STATISTICS else 1
@@ -191,41 +192,35 @@ class Coordinator:
             run=record.name,
             number=number,
             kind=kind,
-            version=self.run.version.number,
+            version=run.version.number,
             goal=min(goal, len(parts)),
             quorum=quorum,
             parts={assignment: Part(assignment, client) for assignment, client in parts.items()},
-            opened_at=self._clock(),
+            opened_at=now,
         )
         self._inbox = asyncio.Queue()
         if not parts:
             self._inbox.put_nowait(Stopped("nobody attends"))
-        self.run.save(state=RunState.IN_ROUND, reason="", next_round=number + 1, next_round_at=None)
+        opened_at = now if kind is Kind.TRAINING else record.opened_at
+        run.save(state=RunState.IN_ROUND, reason="", next_round=number + 1, next_round_at=None, opened_at=opened_at)
         self._move(opened)
         return opened
-
-    def _assignment(self, current: Round, part: Part) -> Assignment:
-        run, settings = self.run, self.run.settings
-        seed = seed_for(settings.seed, current.version, part.client)
-        evaluate = current.kind is not Kind.STATISTICS and run.clients_measure
-        plan = Plan(current.kind, run.record.task, run.record.task_version, run.training, seed, evaluate)
-        return Assignment(part.assignment, current.number, run.version, plan)
 
     def _move(self, round: Round) -> None:
         self._round = round
         self._store.save(round)
 
-    async def _act(self, current: Round, action: Action, aggregate: Aggregate) -> None:
+    async def _act(self, run: Run, current: Round, action: Action, aggregate: Aggregate) -> None:
         match action:
             case Announce(part):
-                self._sessions.say(part.client, self._assignment(current, part))
+                self._sessions.say(part.client, _assignment(run, current, part))
             case Withdraw(part):
                 self._sessions.say(part.client, Cancel(part.assignment, part.reason))
             case Answer(upload, receipt):
                 self._answer(upload, receipt)
             case Fold(upload):
                 if isinstance(aggregate, WeightedSum):
-                    await offload(self.run.version.size_bytes, aggregate.fold, upload.path, upload.examples)
+                    await offload(run.version.size_bytes, aggregate.fold, upload.path, upload.examples)
                 elif isinstance(aggregate, StatisticsSum):
                     aggregate.fold(upload.path, upload.client)
                 upload.path.unlink()
@@ -240,14 +235,6 @@ class Coordinator:
         waiting = self._receipts.pop(upload.path, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(receipt)
-
-    def _log_round(self, closed: Round) -> None:
-        told = {"round": closed.number, "kind": closed.kind.value, "accepted": closed.count(PartState.ACCEPTED)}
-        if closed.state is RoundState.ABANDONED:
-            log.warning("round abandoned", **told, reason=closed.reason)
-        else:
-            done = f"{self.run.record.rounds_done}/{self.run.record.rounds_planned}"
-            log.info("round done", **told, rounds=done, version=self.run.version.number, seconds=round(closed.duration_s, 3))
 
     # What clients do
 
@@ -361,7 +348,7 @@ class Coordinator:
         if not self.run.over:
             raise WrongState(f"run {self.run.record.name} is {self.run.record.state.value}; stop it before starting another")
         self.run = self._open_next(rounds, self.run if from_latest else None)
-        self._abandoned, self._retry_at, self._opened_at = 0, None, None
+        self._abandoned, self._retry_at = 0, None
         self._sessions.say_all(NewVersion(self.run.version))
         self._wake.set()
 
@@ -374,9 +361,9 @@ class Coordinator:
             loop.call_later(drain_s, self._inbox.put_nowait, Stopped("the coordinator was told to end"))
 
     async def dismiss(self, patience_s: float) -> None:
-        """Send everyone away – for good if the run is over – and wait until they are gone, or `patience_s` has passed."""
-        over = self.run.over
-        farewell = ComeBack(None, self.run.record.reason) if over else ComeBack(RESTART_S, "the coordinator restarts")
+        """Send everyone away, for good unless the coordinator was told to end; wait at most `patience_s` until they are gone."""
+        for_good = self.run.over or not self.draining
+        farewell = ComeBack(None, self.run.record.reason) if for_good else ComeBack(RESTART_S, "the coordinator restarts")
         self._sessions.say_all(farewell)
         try:
             async with asyncio.timeout(patience_s):
@@ -387,3 +374,20 @@ class Coordinator:
     def _must_not_be_over(self, what: str) -> None:
         if self.run.over:
             raise WrongState(f"run {self.run.record.name} is {self.run.record.state.value} and cannot be {what}; start another")
+
+
+def _assignment(run: Run, current: Round, part: Part) -> Assignment:
+    """What one client is asked to do."""
+    seed = seed_for(run.settings.seed, current.version, part.client)
+    evaluate = current.kind is not Kind.STATISTICS and run.clients_measure
+    plan = Plan(current.kind, run.record.task, run.record.task_version, run.training, seed, evaluate)
+    return Assignment(part.assignment, current.number, run.version, plan)
+
+
+def _log_round(run: Run, closed: Round) -> None:
+    told = {"round": closed.number, "kind": closed.kind.value, "accepted": closed.count(PartState.ACCEPTED)}
+    if closed.state is RoundState.ABANDONED:
+        log.warning("round abandoned", **told, reason=closed.reason)
+    else:
+        done = f"{run.record.rounds_done}/{run.record.rounds_planned}"
+        log.info("round done", **told, rounds=done, version=run.version.number, seconds=round(closed.duration_s, 3))

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import structlog
 from choral import wire
-from choral.errors import ChoralError, CorruptTransfer, InvalidMessage, Refused, UnknownVersion, UpdateRefused
+from choral.errors import ChoralError, CorruptTransfer, InvalidMessage, UnknownVersion, Unreachable, UpdateRefused
 from choral.messages import Heartbeat, Hello, Receipt, Status, UploadHeader, Verdict
 from choral.status import abort
 from choral.v1 import federation_pb2 as pb
@@ -94,7 +94,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         if not isinstance(hello, Hello):
             raise InvalidMessage("an attendance begins with a hello")
         if self._coordinator.draining:
-            raise Refused("the coordinator is about to end")
+            raise Unreachable("the coordinator is about to end: it is there again when it has been restarted")
         return self._sessions.admit(hello, address)
 
     async def _listen(self, session: Session, requests: AsyncIterator[pb.AttendRequest]) -> None:

@@ -61,6 +61,7 @@ class RunRecord:
     paused: bool = False
     progress: Progress = Progress()
     next_round_at: datetime | None = None
+    opened_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,8 @@ class Store:
                 "progress": Progress(**content["progress"]),
                 "started_at": datetime.fromisoformat(content["started_at"]),
             }
+            if content["opened_at"] is not None:
+                content["opened_at"] = datetime.fromisoformat(content["opened_at"])
             return RunRecord(**content)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: is damaged ({error}): give the run another name, or restore the file") from error
@@ -165,6 +168,7 @@ class Store:
             content = asdict(durable)
             del content["next_round_at"]
             content |= {"state": record.state.value, "started_at": record.started_at.isoformat()}
+            content["opened_at"] = record.opened_at.isoformat() if record.opened_at is not None else None
             _replace_file(self.run_folder(record.name) / "run.json", json.dumps(content, indent=1))
         self.runs[record.name] = record
 

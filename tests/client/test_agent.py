@@ -1,0 +1,474 @@
+"""The device's life against a coordinator in memory: the Transport protocol is the seam, nothing is patched."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from choral import Task, Training
+from choral.errors import ChoralError, CorruptTransfer, NameTaken, ProtocolMismatch, TrustError, Unreachable
+from choral.messages import (
+    Assignment,
+    Cancel,
+    ComeBack,
+    FromClient,
+    FromCoordinator,
+    Heartbeat,
+    Hello,
+    NewVersion,
+    Phase,
+    Receipt,
+    Status,
+    UploadHeader,
+    Verdict,
+    VersionRef,
+    Welcome,
+)
+from choral.plan import Kind, Plan
+from choral_client.agent import Agent
+from choral_client.data import Shard
+from choral_client.diary import read
+from choral_client.work import Work
+from safetensors.torch import save
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import TensorDataset
+
+PATIENCE_S = 60.0
+SHARD = Shard(TensorDataset(torch.ones(2, 1), torch.ones(2, 1)), None, 2)
+
+
+class AtOnce(random.Random):
+    """Leaves no pause between two attempts."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return a
+
+
+def model(value: float) -> bytes:
+    return save({"weight": torch.full((1, 1), value), "bias": torch.zeros(1)})
+
+
+def version(number: int) -> VersionRef:
+    content = model(number)
+    return VersionRef(number, hashlib.sha256(content).digest(), len(content))
+
+
+def assignment(round: int, number: int = 0, kind: Kind = Kind.TRAINING) -> Assignment:
+    training = Training(epochs=1, batch_size=2, learning_rate=0.1)
+    return Assignment(f"run/{round}/alice", round, version(number), Plan(kind, "small", "1", training, 0, evaluate=False))
+
+
+WELCOME = Welcome("run", 3600.0, version(0))
+OVER = ComeBack(None, "all rounds completed")
+
+
+class Stream:
+    """One attendance, from the coordinator's side: `tell` the client, and read what it says."""
+
+    def __init__(self) -> None:
+        self.said: asyncio.Queue[FromClient] = asyncio.Queue()
+        self.closed = asyncio.Event()
+        self._outbox: asyncio.Queue[FromCoordinator | ChoralError | None] = asyncio.Queue()
+
+    def tell(self, *messages: FromCoordinator | ChoralError | None) -> None:
+        """Send messages; an error breaks the stream with it, None ends it."""
+        for message in messages:
+            self._outbox.put_nowait(message)
+
+    async def declined(self) -> Status:
+        """What the client says when it declines; steps on the way there are passed over."""
+        while True:
+            said = await self.said.get()
+            assert isinstance(said, Status)
+            if said.phase is Phase.DECLINED:
+                return said
+
+    # The client's side
+
+    async def say(self, message: FromClient) -> None:
+        if self.closed.is_set():
+            raise Unreachable("the stream has ended")
+        self.said.put_nowait(message)
+
+    async def heard(self) -> AsyncIterator[FromCoordinator]:
+        while (message := await self._outbox.get()) is not None:
+            if isinstance(message, ChoralError):
+                raise message
+            yield message
+
+
+class Coordinator:
+    """A Transport whose other end is the test. `streams` are the attendances in order, `uploads` what arrived."""
+
+    def __init__(self) -> None:
+        self.streams: asyncio.Queue[Stream] = asyncio.Queue()
+        self.uploads: asyncio.Queue[tuple[UploadHeader, bytes]] = asyncio.Queue()
+        self.downloads: list[int] = []
+        self.receipts: list[Receipt | ChoralError] = []
+        self.attempts = 0
+        self.unreachable_for = 0
+        self.broken_downloads = 0
+        self.checkpoint: Callable[[int], bytes] = model
+
+    @asynccontextmanager
+    async def attend(self, hello: Hello) -> AsyncIterator[Stream]:
+        self.attempts += 1
+        if self.attempts <= self.unreachable_for:
+            raise Unreachable("nobody is there")
+        stream = Stream()
+        self.streams.put_nowait(stream)
+        try:
+            yield stream
+        finally:
+            stream.closed.set()
+
+    async def download(self, version: VersionRef) -> bytes:
+        self.downloads.append(version.number)
+        if self.broken_downloads > 0:
+            self.broken_downloads -= 1
+            raise CorruptTransfer("a bit fell over")
+        return self.checkpoint(version.number)
+
+    async def upload(self, header: UploadHeader, payload: memoryview) -> Receipt:
+        self.uploads.put_nowait((header, bytes(payload)))
+        receipt = self.receipts.pop(0) if self.receipts else Receipt(Verdict.ACCEPTED)
+        if isinstance(receipt, ChoralError):
+            raise receipt
+        return receipt
+
+
+@pytest.fixture
+def coordinator() -> Coordinator:
+    return Coordinator()
+
+
+def agent(coordinator: Coordinator, folder: Path, loss: Any = mse_loss, **options: Any) -> Agent:
+    task = Task("small", lambda: nn.Linear(1, 1), loss, load=lambda path: TensorDataset())
+    work = Work(task, SHARD)
+    hello = Hello(1, "alice", "this start", "small", "1", work.manifest, SHARD.size, "a test")
+    return Agent(coordinator, hello, work, folder, rng=AtOnce(), **options)
+
+
+async def living(life: Coroutine[Any, Any, str], script: Callable[[], Coroutine[Any, Any, None]]) -> str:
+    """What the agent's life returns, while the script plays the coordinator."""
+    async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
+        playing = group.create_task(script())
+        task = group.create_task(life)
+    playing.result()
+    return task.result()
+
+
+async def test_a_life_of_one_round(coordinator: Coordinator, tmp_path: Path) -> None:
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        header, payload = await coordinator.uploads.get()
+        assert (header.assignment, header.client, header.examples, header.kind) == ("run/0/alice", "alice", 2, Kind.TRAINING)
+        # From w = b = 0, x = y = 1: ∂w = ∂b = −2, the step is 0.2.
+        assert payload == torch.tensor([0.2, 0.2]).numpy().tobytes()
+        assert header.payload_bytes == 8
+        phases = [said.phase for said in iter_now(stream.said) if isinstance(said, Status)]
+        assert phases[-1] is Phase.WORKING
+        stream.tell(NewVersion(version(1)), OVER)
+
+    assert await living(agent(coordinator, tmp_path).live(), script) == "all rounds completed"
+    assert (tmp_path / "model.safetensors").read_bytes() == model(1)
+    assert read(tmp_path)["doing"] == "finished"
+    assert coordinator.attempts == 1
+
+
+def iter_now(queue: asyncio.Queue[FromClient]) -> list[FromClient]:
+    return [queue.get_nowait() for _ in range(queue.qsize())]
+
+
+async def test_it_comes_back_when_nobody_answers(coordinator: Coordinator, tmp_path: Path) -> None:
+    coordinator.unreachable_for = 5
+
+    async def script() -> None:
+        (await coordinator.streams.get()).tell(WELCOME, OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert coordinator.attempts == 6
+
+
+@pytest.mark.parametrize("ending", [Unreachable("the link broke"), CorruptTransfer("damaged"), None])
+async def test_it_comes_back_when_the_link_breaks(coordinator: Coordinator, tmp_path: Path, ending: ChoralError | None) -> None:
+    async def script() -> None:
+        (await coordinator.streams.get()).tell(WELCOME, ending)
+        (await coordinator.streams.get()).tell(WELCOME, OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert coordinator.attempts == 2
+
+
+async def test_it_comes_back_when_it_is_asked_to(coordinator: Coordinator, tmp_path: Path) -> None:
+    async def script() -> None:
+        (await coordinator.streams.get()).tell(WELCOME, ComeBack(0.0, "the coordinator restarts"))
+        stream = await coordinator.streams.get()
+        assert read(tmp_path)["doing"] == "waiting to come back"
+        stream.tell(WELCOME, OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert coordinator.attempts == 2
+
+
+async def test_it_waits_as_long_as_it_is_told(coordinator: Coordinator, tmp_path: Path) -> None:
+    """The loop's own clock says that no attempt came before the time."""
+    times = []
+
+    async def script() -> None:
+        (await coordinator.streams.get()).tell(WELCOME, ComeBack(0.25, "too many clients"))
+        times.append(asyncio.get_running_loop().time())
+        stream = await coordinator.streams.get()
+        times.append(asyncio.get_running_loop().time())
+        stream.tell(WELCOME, OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert times[1] - times[0] >= 0.24
+
+
+@pytest.mark.parametrize("error", [ProtocolMismatch("the client speaks version 1"), TrustError("not that certificate")])
+async def test_it_gives_up_at_once_when_trying_again_cannot_help(
+    coordinator: Coordinator, tmp_path: Path, error: ChoralError
+) -> None:
+    async def script() -> None:
+        (await coordinator.streams.get()).tell(error)
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await living(agent(coordinator, tmp_path).live(), script)
+    assert raised.value.exceptions == (error,)
+    assert coordinator.attempts == 1
+
+
+@pytest.mark.parametrize("error", [Unreachable("nobody is there"), NameTaken("a client named alice attends already")])
+async def test_without_a_first_answer_it_gives_up_after_a_while(
+    coordinator: Coordinator, tmp_path: Path, error: ChoralError
+) -> None:
+    async def script() -> None:
+        (await coordinator.streams.get()).tell(error)
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await living(agent(coordinator, tmp_path, first_contact_s=1e-9).live(), script)
+    assert raised.value.exceptions == (error,)
+
+
+async def test_once_welcomed_it_tries_for_ever(coordinator: Coordinator, tmp_path: Path) -> None:
+    async def script() -> None:
+        (await coordinator.streams.get()).tell(WELCOME, None)
+        for _ in range(20):
+            (await coordinator.streams.get()).tell(NameTaken("its own broken stream is not known to be broken yet"))
+        (await coordinator.streams.get()).tell(WELCOME, OVER)
+
+    await living(agent(coordinator, tmp_path, first_contact_s=1e-9).live(), script)
+    assert coordinator.attempts == 22
+
+
+async def test_it_keeps_the_newest_model_from_the_welcome_on(coordinator: Coordinator, tmp_path: Path) -> None:
+    async def script() -> None:
+        (await coordinator.streams.get()).tell(Welcome("run", 3600.0, version(7)), ComeBack(0.0, "restart"))
+        stream = await coordinator.streams.get()
+        assert (tmp_path / "model.safetensors").read_bytes() == model(7)
+        stream.tell(Welcome("run", 3600.0, version(7)), NewVersion(version(8)), NewVersion(version(9)), OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert (tmp_path / "model.safetensors").read_bytes() == model(9)
+    assert coordinator.downloads.count(7) == 1  # it held that one already
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "status.json"]
+
+
+async def test_if_it_does_not_follow_it_fetches_only_what_it_works_on(coordinator: Coordinator, tmp_path: Path) -> None:
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, NewVersion(version(1)), assignment(1, number=2))
+        await coordinator.uploads.get()
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path, follow=False).live(), script)
+    assert coordinator.downloads == [2]
+
+
+async def test_a_version_that_cannot_be_fetched_does_not_end_it(coordinator: Coordinator, tmp_path: Path) -> None:
+    coordinator.broken_downloads = 1
+
+    async def script() -> None:
+        (await coordinator.streams.get()).tell(WELCOME, ComeBack(0.0, "restart"))
+        (await coordinator.streams.get()).tell(WELCOME, OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert (tmp_path / "model.safetensors").read_bytes() == model(0)
+
+
+class Gate:
+    """A loss that holds the work thread until it is opened; `begun` counts its batches."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.begun = threading.Semaphore(0)
+
+    def __call__(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.begun.release()
+        assert self.open.wait(PATIENCE_S)
+        return mse_loss(prediction, target)
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self.begun.acquire, timeout=PATIENCE_S)
+
+
+async def test_work_that_is_withdrawn_sends_nothing(coordinator: Coordinator, tmp_path: Path) -> None:
+    gate = Gate()
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        await gate.reached()
+        stream.tell(Cancel("run/0/alice", "round 0 closed"), assignment(1))
+        gate.open.set()
+        header, _ = await coordinator.uploads.get()
+        assert header.assignment == "run/1/alice"
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path, gate).live(), script)
+    assert coordinator.uploads.empty()
+
+
+async def test_only_the_work_that_is_named_is_withdrawn(coordinator: Coordinator, tmp_path: Path) -> None:
+    gate = Gate()
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(1))
+        await gate.reached()
+        stream.tell(Cancel("run/0/alice", "round 0 closed"))
+        gate.open.set()
+        assert (await coordinator.uploads.get())[0].assignment == "run/1/alice"
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path, gate).live(), script)
+
+
+async def test_work_and_its_end_heard_at_once(coordinator: Coordinator, tmp_path: Path) -> None:
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME)
+        for round in range(20):
+            stream.tell(assignment(round), Cancel(f"run/{round}/alice", "closed"))
+        stream.tell(assignment(20))
+        while (await coordinator.uploads.get())[0].assignment != "run/20/alice":
+            pass
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert coordinator.attempts == 1
+
+
+async def test_a_broken_link_stops_the_work(coordinator: Coordinator, tmp_path: Path) -> None:
+    gate = Gate()
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        await gate.reached()
+        stream.tell(Unreachable("the link broke"))
+        again = await coordinator.streams.get()
+        gate.open.set()
+        again.tell(WELCOME, assignment(1))
+        assert (await coordinator.uploads.get())[0].assignment == "run/1/alice"
+        again.tell(OVER)
+
+    await living(agent(coordinator, tmp_path, gate).live(), script)
+    assert coordinator.uploads.empty()
+
+
+async def test_a_life_that_is_cancelled_ends_whatever_the_work_thread_does(coordinator: Coordinator, tmp_path: Path) -> None:
+    gate = Gate()
+    life = asyncio.create_task(agent(coordinator, tmp_path, gate).live())
+    stream = await coordinator.streams.get()
+    stream.tell(WELCOME, assignment(0))
+    await gate.reached()
+    life.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(life, PATIENCE_S)
+    assert stream.closed.is_set()
+    gate.open.set()  # only now may the thread go on
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (lambda prediction, target: mse_loss(prediction, target) * float("nan"), "the loss is nan in epoch 1 of 1"),
+        (lambda prediction, target: 1 / 0, "task small: training raised ZeroDivisionError: division by zero"),
+    ],
+)
+async def test_it_declines_with_the_reason_and_stays(coordinator: Coordinator, tmp_path: Path, loss: Any, reason: str) -> None:
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME)
+        for round in (0, 1):
+            stream.tell(assignment(round))
+            said = await stream.declined()
+            assert said.assignment == f"run/{round}/alice"
+            assert said.reason.startswith(reason)
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path, loss).live(), script)
+    assert coordinator.uploads.empty()
+
+
+async def test_a_checkpoint_of_another_model_is_declined(coordinator: Coordinator, tmp_path: Path) -> None:
+    """Whatever goes wrong in the work, the coordinator hears of it."""
+    coordinator.checkpoint = lambda number: save({"something": torch.zeros(3)})
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        assert "something" in (await stream.declined()).reason
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+
+
+async def test_an_upload_that_breaks_is_sent_again(coordinator: Coordinator, tmp_path: Path) -> None:
+    coordinator.receipts = [Unreachable("the link broke"), CorruptTransfer("damaged"), Receipt(Verdict.DUPLICATE, "it had arrived")]
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        sent = [await coordinator.uploads.get() for _ in range(3)]
+        assert sent[0] == sent[1] == sent[2]
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert coordinator.receipts == []
+
+
+async def test_it_declines_when_the_result_cannot_be_sent(coordinator: Coordinator, tmp_path: Path) -> None:
+    coordinator.receipts = [CorruptTransfer(f"damaged {attempt}") for attempt in range(9)]
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        assert (await stream.declined()).reason == "damaged 3"
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert len(coordinator.receipts) == 5
+
+
+async def test_it_says_that_it_is_alive(coordinator: Coordinator, tmp_path: Path) -> None:
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(Welcome("run", 0.01, version(0)))
+        for _ in range(3):
+            assert await stream.said.get() == Heartbeat()
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
