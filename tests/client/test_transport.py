@@ -173,6 +173,8 @@ async def test_work_that_is_withdrawn_while_it_is_reported_does_not_end_the_stre
             yield wire.from_coordinator_to_pb(Assignment(f"run/{round}/alice", round, version, plan))
             yield wire.from_coordinator_to_pb(Cancel(f"run/{round}/alice", "closed"))
         yield wire.from_coordinator_to_pb(ComeBack(None, "over"))
+        async for _ in requests:  # as a real coordinator: the client closes the stream once it has heard that
+            pass
 
     async def download(request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadResponse]:
         for chunk in wire.chunks(memoryview(model)):
