@@ -26,7 +26,7 @@ def demo(
     from choral_deploy.demo import names, run
 
     try:
-        report = asyncio.run(_ending_on_sigterm(run(rounds, names(clients), seed, out)))
+        report = asyncio.run(_ending_on_signals(run(rounds, names(clients), seed, out)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         typer.echo("choral: interrupted; every process of the demo has ended", err=True)
         raise typer.Exit(130) from None
@@ -35,8 +35,9 @@ def demo(
         typer.echo(report.to_json())
 
 
-async def _ending_on_sigterm(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which SIGTERM cancels just as Ctrl-C does."""
+async def _ending_on_signals(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which Ctrl-C and SIGTERM cancel, also where a shell started this process with SIGINT ignored."""
     task = asyncio.ensure_future(work)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     return await task
