@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,6 +86,7 @@ def watch(config: ConfigOption = _DEFAULT) -> None:
             async for change in admin.Watch(admin_pb2.WatchRequest()):
                 typer.echo(MessageToJson(change, preserving_proto_field_name=True, indent=None))
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started this with SIGINT ignored
     try:
         asyncio.run(follow())
     except KeyboardInterrupt:
