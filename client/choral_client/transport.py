@@ -104,7 +104,9 @@ class _GrpcAttendance:
 
     async def say(self, message: FromClient) -> None:
         # Shielded: gRPC cancels the whole stream with a write that is cancelled, and work may be withdrawn at any moment.
-        await asyncio.shield(self._write(message))
+        writing = asyncio.ensure_future(self._write(message))
+        writing.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear of a failure
+        await asyncio.shield(writing)
 
     async def _write(self, message: FromClient) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import itertools
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 from choral import Task, wire
 from choral.errors import CorruptTransfer, NameTaken, Unreachable, UpdateRefused
-from choral.messages import Assignment, Cancel, ComeBack, Hello, Receipt, UploadHeader, Verdict, VersionRef, Welcome
+from choral.messages import Assignment, Cancel, ComeBack, Heartbeat, Hello, Receipt, UploadHeader, Verdict, VersionRef, Welcome
 from choral.metrics import Metric
 from choral.plan import Kind, Plan, Training
 from choral.status import abort
@@ -186,3 +187,24 @@ async def test_work_that_is_withdrawn_while_it_is_reported_does_not_end_the_stre
     async with reaching(Attend=attend, Download=download, Upload=upload) as transport:
         assert await Agent(transport, HELLO, WORK, tmp_path).live() == "over"
     assert attendances == 1
+
+
+async def test_what_is_not_said_any_more_leaves_no_error_behind() -> None:
+    """Work is withdrawn and then the link breaks: nobody waits any more for the words that could not be said."""
+
+    async def attend(requests: AsyncIterator[pb.AttendRequest], context: Any) -> AsyncIterator[pb.AttendResponse]:
+        yield wire.from_coordinator_to_pb(Welcome("run", 15.0, VERSION))
+        async for _ in requests:
+            pass
+
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    async with reaching(Attend=attend) as transport, transport.attend(HELLO) as stream:
+        await anext(stream.heard())
+        saying = [asyncio.create_task(stream.say(Heartbeat())) for _ in range(50)]
+        await asyncio.sleep(0)  # they have begun, and no word has left yet
+        for task in saying:
+            task.cancel()
+        assert all(isinstance(ended, asyncio.CancelledError) for ended in await asyncio.gather(*saying, return_exceptions=True))
+    gc.collect()  # asyncio complains of an error that nobody saw when its task is collected
+    assert [complaint.get("exception") for complaint in complaints] == []
