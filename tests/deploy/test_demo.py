@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,14 +73,19 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_demo_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
-    process = subprocess.Popen([*DEMO, "--rounds", "100000", "--out", tmp_path / "out"], stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [(signal.SIGINT, os.killpg), (signal.SIGINT, os.kill), (signal.SIGTERM, os.kill)],
+    ids=["Ctrl-C, which a terminal sends to all of them", "SIGINT", "SIGTERM"],
+)
+def test_an_interrupted_demo_leaves_no_process_behind(tmp_path: Path, number: signal.Signals, send: Callable[..., None]) -> None:
+    command = [*DEMO, "--rounds", "100000", "--out", tmp_path / "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     next(line for line in process.stderr if line.startswith("round 10/"))
     children = set(_descendants(process.pid))
     assert len(children) == 3  # the coordinator, alice and bob
-    process.send_signal(number)
+    send(process.pid, number)
     assert process.wait(60) == 130
     assert "Traceback" not in process.stderr.read()
     assert not any(Path(f"/proc/{child}").exists() for child in children)
