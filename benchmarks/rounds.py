@@ -59,8 +59,16 @@ async def measure(folder: Path, options: argparse.Namespace) -> dict[str, float 
             if '"coordinator ready"' in line:
                 ready.set_result(json.loads(line)["address"])
 
-        command = ("-m", "choral_deploy.cli")
-        arguments = [*command, "server", "--config", str(folder / "choral.yaml"), "--log-format", "json", "--log-level", "info"]
+        arguments = [
+            "choral_deploy.cli",
+            "server",
+            "--config",
+            str(folder / "choral.yaml"),
+            "--log-format",
+            "json",
+            "--log-level",
+            "info",
+        ]
         server = await children.start("coordinator", arguments, folder / "coordinator.log", listen)
         address = await ready
         durations = asyncio.create_task(watch(folder / "state" / "admin.sock"))
@@ -94,7 +102,7 @@ async def start_client(children: Children, folder: Path, address: str, number: i
         "--log-level": "warning",
     }
     flags = [str(part) for option in options.items() for part in option]
-    return await children.start(name, ["-m", "choral_deploy.cli", "client", *flags], folder / f"{name}.log")
+    return await children.start(name, ["choral_deploy.cli", "client", *flags], folder / f"{name}.log")
 
 
 async def watch(socket: Path) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import threading
 import time
@@ -101,11 +102,11 @@ class Agent:
             try:
                 farewell = await self._attend()
             except ChoralError as error:
-                too_late = not self._welcomed and time.monotonic() - began > self._first_contact_s
-                if too_late or not (error.retryable or isinstance(error, NameTaken)):
+                left_s = math.inf if self._welcomed else self._first_contact_s - (time.monotonic() - began)
+                if left_s < 0 or not (error.retryable or isinstance(error, NameTaken)):
                     raise
                 self._failures += 1
-                pause_s = full_jitter(self._failures, self._rng)
+                pause_s = min(full_jitter(self._failures, self._rng), left_s)
                 log.warning("no link to the coordinator", reason=str(error), again_in_s=round(pause_s, 2))
                 self._diary.write("reconnecting", reason=str(error))
             else:

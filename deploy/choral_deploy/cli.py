@@ -11,6 +11,8 @@ import typer
 from choral import __version__
 from choral.errors import ChoralError
 
+from choral_deploy.ending import leave
+
 app = typer.Typer(
     name="choral",
     help="Federated learning for PyTorch: one model, trained by many devices that keep their data.",
@@ -85,13 +87,6 @@ def main() -> None:
     except OSError as error:
         print(f"choral: {error.filename or 'the operating system'}: {error.strerror}", file=sys.stderr)  # noqa: T201
         leave(1)
-
-
-def leave(code: int) -> None:
-    """End the process at once, whatever torch's threads are doing."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

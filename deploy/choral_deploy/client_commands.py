@@ -48,13 +48,14 @@ def client(
         "plaintext": plaintext,
         "first_contact_s": first_contact_s,
     }
+    settings = _config(config, {key: value for key, value in flags.items() if value is not None})  # before torch is imported
     from choral import logs
     from choral_client.app import attend
 
-    from choral_deploy.cli import leave
+    from choral_deploy.ending import leave
 
     logs.configure(log_format, log_level)
-    asyncio.run(attend(_config(config, {key: value for key, value in flags.items() if value is not None})))
+    asyncio.run(attend(settings))
     leave(0)
 
 

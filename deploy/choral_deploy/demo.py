@@ -30,7 +30,7 @@ TASK = "choral.tasks.boston_housing:task"
 HOLDOUT = 0.1
 METRIC = "mse"
 _MARK = ".choral-demo"
-_CLI = ("-m", "choral_deploy.cli")
+_CLI = "choral_deploy.cli"
 _TRAINING = KINDS[Kind.TRAINING]
 _NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy")
 
@@ -139,7 +139,7 @@ async def _start_coordinator(children: Children, config: Path, out: Path) -> tup
         if not ready.done() and '"coordinator ready"' in line:
             ready.set_result(json.loads(line)["address"])
 
-    arguments = [*_CLI, "server", "--config", str(config), "--log-format", "json"]
+    arguments = [_CLI, "server", "--config", str(config), "--log-format", "json"]
     child = await children.start("the coordinator", arguments, out / "logs" / "coordinator.log", listen)
     child.following.add_done_callback(lambda _: ready.cancel())
     try:
@@ -163,7 +163,7 @@ async def _start_client(children: Children, name: str, shard: Path, address: str
         "--threads": "1",
     }
     flags = [part for option in options.items() for part in option]
-    return await children.start(name, [*_CLI, "client", *flags], out / "logs" / f"{name}.log")
+    return await children.start(name, [_CLI, "client", *flags], out / "logs" / f"{name}.log")
 
 
 async def _watch(socket: Path, observed: Observed, display: Display) -> None:
@@ -183,7 +183,7 @@ async def _compare(
     async def measure(name: str, paths: Sequence[Path]) -> float:
         async with free:
             numbers = (str(rounds), str(seed), str(HOLDOUT))
-            arguments = ["-m", "choral_deploy.baseline", TASK, str(test_set), *numbers, *map(str, paths)]
+            arguments = ["choral_deploy.baseline", TASK, str(test_set), *numbers, *map(str, paths)]
             child = await children.start(f"the comparison {name}", arguments, out / "logs" / f"{name}.log")
             return float(json.loads(await child.succeed())[METRIC])
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,14 +78,13 @@ def watch(config: ConfigOption = _DEFAULT) -> None:
     """Print every change, one JSON object a line, until interrupted."""
     from choral.v1 import admin_pb2
     from choral_server.config import load
-    from google.protobuf.json_format import MessageToJson
 
     from choral_deploy.operator import Operator
 
     async def follow() -> None:
         async with Operator(load(config).admin_socket).stub() as admin:
             async for change in admin.Watch(admin_pb2.WatchRequest()):
-                typer.echo(MessageToJson(change, preserving_proto_field_name=True, indent=None))
+                typer.echo(_json([change])[1:-1])
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started this with SIGINT ignored
     try:
@@ -180,11 +180,7 @@ def _call(config: Path, method: str, **fields: Any) -> Any:
 
 def _table(columns: dict[str, Callable[[Any], object]], rows: Iterable[Any], as_json: bool) -> None:
     if as_json:
-        from google.protobuf.json_format import MessageToDict
-
-        _print_json(
-            [MessageToDict(row, preserving_proto_field_name=True, always_print_fields_with_no_presence=True) for row in rows]
-        )
+        typer.echo(_json(rows, indent=1))
         return
     from rich.console import Console
     from rich.table import Table
@@ -195,10 +191,14 @@ def _table(columns: dict[str, Callable[[Any], object]], rows: Iterable[Any], as_
     Console().print(table)
 
 
-def _print_json(value: Sequence[object]) -> None:
+def _json(messages: Iterable[Any], indent: int | None = None) -> str:
+    """A list of messages, with the names of the contract and with fields that are zero."""
     import json
 
-    typer.echo(json.dumps(value, indent=1))
+    from google.protobuf.json_format import MessageToDict
+
+    read = partial(MessageToDict, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return json.dumps([read(message) for message in messages], indent=indent)
 
 
 def _say_run(run: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -40,9 +41,9 @@ class Children:
         self._all: list[Child] = []
 
     async def start(self, name: str, arguments: Sequence[str], log: Path, on_line: Callable[[str], None] | None = None) -> Child:
-        """Run `python arguments…`; each line of its standard error goes to `log` and to `on_line`."""
+        """Run the module `arguments[0]` with the rest; each line of its standard error goes to `log` and to `on_line`."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
+            *(sys.executable, "-m", "choral_deploy.tethered", str(os.getpid())),
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

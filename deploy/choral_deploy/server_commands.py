@@ -23,14 +23,16 @@ def server(
     """Run a coordinator until it is told to end (SIGTERM lets the round under way finish)."""
     if context.invoked_subcommand is not None:
         return
-    from choral import logs
-    from choral_server.app import serve
     from choral_server.config import load
 
-    from choral_deploy.cli import leave
+    settings = load(config)  # before torch is imported: a mistake shows at once
+    from choral import logs
+    from choral_server.app import serve
+
+    from choral_deploy.ending import leave
 
     logs.configure(log_format, log_level)
-    leave(asyncio.run(serve(load(config))))
+    leave(asyncio.run(serve(settings)))
 
 
 @app.command()

@@ -53,6 +53,13 @@ class AtOnce(random.Random):
         return a
 
 
+class Slowest(random.Random):
+    """Would leave an hour between two attempts."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return 3600.0
+
+
 def model(value: float) -> bytes:
     return save({"weight": torch.full((1, 1), value), "bias": torch.zeros(1)})
 
@@ -155,7 +162,7 @@ def agent(coordinator: Coordinator, folder: Path, loss: Any = mse_loss, **option
     task = Task("small", lambda: nn.Linear(1, 1), loss, load=lambda path: TensorDataset())
     work = Work(task, SHARD)
     hello = Hello(1, "alice", "this start", "small", "1", work.manifest, SHARD.size, "a test")
-    return Agent(coordinator, hello, work, folder, rng=AtOnce(), **options)
+    return Agent(coordinator, hello, work, folder, **{"rng": AtOnce(), **options})
 
 
 async def living(life: Coroutine[Any, Any, str], script: Callable[[], Coroutine[Any, Any, None]]) -> str:
@@ -259,6 +266,16 @@ async def test_without_a_first_answer_it_gives_up_after_a_while(
     with pytest.raises(ExceptionGroup) as raised:
         await living(agent(coordinator, tmp_path, first_contact_s=1e-9).live(), script)
     assert raised.value.exceptions == (error,)
+
+
+async def test_no_pause_outlasts_the_time_for_a_first_answer(coordinator: Coordinator, tmp_path: Path) -> None:
+    async def script() -> None:
+        for _ in range(2):
+            (await coordinator.streams.get()).tell(Unreachable("nobody is there"))
+
+    with pytest.raises(ExceptionGroup):
+        await living(agent(coordinator, tmp_path, first_contact_s=0.1, rng=Slowest()).live(), script)
+    assert coordinator.attempts == 2
 
 
 async def test_once_welcomed_it_tries_for_ever(coordinator: Coordinator, tmp_path: Path) -> None:

@@ -42,3 +42,14 @@ def test_the_console_is_for_people_and_without_colours_in_a_file() -> None:
 def test_the_level_decides_what_is_written() -> None:
     assert len(_logged("json", "debug")[1].splitlines()) == 2
     assert _logged("json", "error")[1] == ""
+
+
+def test_a_reader_that_has_gone_away_stops_nobody_from_working() -> None:
+    code = CODE.format(style="json", level="info") + "log.warning('again')\nprint('still at work')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.stdout.read() == "still at work\n"
+    process.stdout.close()
+    process.wait()

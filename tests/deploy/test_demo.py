@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -73,22 +74,53 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.fixture
+def training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A demo that trains and would go on for hours, in a session of its own as on a terminal."""
+    command = [*DEMO, "--rounds", "100000", "--out", tmp_path / "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _wait_for_round_10(process)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize(
     ("number", "send"),
     [(signal.SIGINT, os.killpg), (signal.SIGINT, os.kill), (signal.SIGTERM, os.kill)],
     ids=["Ctrl-C, which a terminal sends to all of them", "SIGINT", "SIGTERM"],
 )
-def test_an_interrupted_demo_leaves_no_process_behind(tmp_path: Path, number: signal.Signals, send: Callable[..., None]) -> None:
-    command = [*DEMO, "--rounds", "100000", "--out", tmp_path / "out"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stderr is not None
-    next(line for line in process.stderr if line.startswith("round 10/"))
-    children = set(_descendants(process.pid))
+def test_an_interrupted_demo_leaves_no_process_behind(
+    training: subprocess.Popen[str], number: signal.Signals, send: Callable[..., None]
+) -> None:
+    children = set(_descendants(training.pid))
     assert len(children) == 3  # the coordinator, alice and bob
-    send(process.pid, number)
-    assert process.wait(60) == 130
-    assert "Traceback" not in process.stderr.read()
+    send(training.pid, number)
+    assert training.wait(60) == 130
+    assert training.stderr is not None
+    assert "Traceback" not in training.stderr.read()
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_a_killed_demo_takes_its_processes_with_it(training: subprocess.Popen[str]) -> None:
+    ends = [os.pidfd_open(child) for child in set(_descendants(training.pid))]
+    assert len(ends) == 3
+    training.kill()
+    for end in ends:  # readable once the process has ended
+        assert select.select([end], [], [], 60)[0]
+        os.close(end)
+
+
+def _wait_for_round_10(process: subprocess.Popen[str]) -> None:
+    said = []
+    assert process.stderr is not None
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("round 10/"):
+            return
+    raise AssertionError("".join(said))
 
 
 def _descendants(pid: int) -> Iterator[int]:

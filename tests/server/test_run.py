@@ -305,6 +305,14 @@ def test_in_which_state_a_restart_finds_a_run(tmp_path: Path, state: RunState, o
     assert after.active is (opens_as is RunState.WAITING)
 
 
+def test_a_restart_remembers_when_the_last_round_opened(tmp_path: Path) -> None:
+    """Or a coordinator that is started again would run a nightly round by day."""
+    run = opened(tmp_path)
+    at = datetime(2026, 3, 1, 3, 0, tzinfo=UTC)
+    run.save(opened_at=at)
+    assert opened(tmp_path).record.opened_at == at
+
+
 def test_a_paused_run_is_still_paused_after_a_restart(tmp_path: Path) -> None:
     opened(tmp_path).save(paused=True)
     assert opened(tmp_path).record.paused
