@@ -362,8 +362,7 @@ class Coordinator:
 
     async def dismiss(self, patience_s: float) -> None:
         """Send everyone away, for good unless the coordinator was told to end; wait at most `patience_s` until they are gone."""
-        for_good = self.run.over or not self.draining
-        farewell = ComeBack(None, self.run.record.reason) if for_good else ComeBack(RESTART_S, "the coordinator restarts")
+        farewell = ComeBack(None, self.run.record.reason) if not self.draining else ComeBack(RESTART_S, "the coordinator restarts")
         self._sessions.say_all(farewell)
         try:
             async with asyncio.timeout(patience_s):

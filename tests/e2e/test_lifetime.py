@@ -106,6 +106,18 @@ def test_a_round_that_outlasts_the_drain_is_abandoned(federation: Federation) ->
     assert (federation.versions / "latest.safetensors").readlink() == Path("000000.safetensors")
 
 
+def test_a_coordinator_told_to_end_after_its_run_keeps_its_clients_for_the_next(federation: Federation) -> None:
+    run = {"rounds": 1, "cohort_size": 1}
+    coordinator = federation.coordinator(run=run, evaluation={"clients": False}, exit_when_done=False)
+    alice = federation.client("alice")
+    coordinator.saw("run over", state="finished")
+    coordinator.terminate()
+    assert coordinator.code() == 0
+    alice.saw("sent away", reason="the coordinator restarts")
+    federation.coordinator(listen=federation.address, run=run, evaluation={"clients": False}, exit_when_done=False)
+    alice.saw("attending", count=2)
+
+
 def test_a_coordinator_killed_between_rounds_goes_on_from_the_latest_version(federation: Federation) -> None:
     run = {"rounds": 3, "schedule": {"interval_s": 3600}}
     coordinator = federation.coordinator(run=run, evaluation={"clients": False})
