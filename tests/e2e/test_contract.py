@@ -380,8 +380,8 @@ def test_a_result_that_comes_after_the_round_has_closed_is_late(federation: Fede
         coordinator.terminate()
         for client in (alice, bob):
             farewell = client.hear("come_back")
-            assert not farewell.HasField("after_s")
-            assert farewell.reason == "1 rounds completed"
+            assert farewell.after_s > 0  # it may be started again, with another run
+            assert farewell.reason == "the coordinator restarts"
     assert coordinator.code() == 0
 
 

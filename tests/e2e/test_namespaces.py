@@ -97,5 +97,6 @@ def test_coordinator_and_clients_on_machines_of_their_own(network: Network, tmp_
         for name, address in seen.items():
             assert address.startswith(f"ipv4:{HOSTS[name]}:")
         assert sorted(seen) == ["alice", "bob"]
-        coordinator.terminate()
+        for process in (coordinator, *clients):
+            process.terminate()
         assert [process.code() for process in (coordinator, *clients)] == [0, 0, 0]
