@@ -104,7 +104,10 @@ FromCoordinator = Welcome | Assignment | Cancel | NewVersion | ComeBack
 
 @dataclass(frozen=True, slots=True)
 class UploadHeader:
-    """Announces the result of an assignment: `payload_bytes` bytes laid out as `kind` demands (federation.proto, PayloadKind)."""
+    """Announces the result of an assignment: `payload_bytes` bytes laid out as `kind` demands (federation.proto, PayloadKind).
+
+    `digest` is the payload's SHA-256; the chunks begin at byte `offset`.
+    """
 
     assignment: str
     client: str
@@ -113,6 +116,8 @@ class UploadHeader:
     payload_bytes: int
     held_out: tuple[Metric, ...]
     work: tuple[Metric, ...]
+    digest: bytes
+    offset: int = 0
 
 
 class Verdict(enum.Enum):

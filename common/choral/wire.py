@@ -35,6 +35,7 @@ from choral.v1 import model_pb2 as mb
 
 PROTOCOL_VERSION = 1
 CHUNK_BYTES = 1 << 20
+DIGEST_BYTES = 32
 MESSAGE_BYTES = 4 * CHUNK_BYTES  # the longest message either side accepts: a chunk, or the manifest of a very deep model
 
 K = TypeVar("K")
@@ -91,9 +92,9 @@ def chunk(piece: bytes, offset: int) -> mb.Chunk:
     return mb.Chunk(offset=offset, data=piece, crc32=zlib.crc32(piece))
 
 
-def chunks(data: memoryview) -> Iterator[mb.Chunk]:
-    """All of `data` in chunks."""
-    return (chunk(bytes(data[offset : offset + CHUNK_BYTES]), offset) for offset in range(0, len(data), CHUNK_BYTES))
+def chunks(data: memoryview, begin: int = 0) -> Iterator[mb.Chunk]:
+    """`data` from byte `begin` on, in chunks."""
+    return (chunk(bytes(data[offset : offset + CHUNK_BYTES]), offset) for offset in range(begin, len(data), CHUNK_BYTES))
 
 
 def verified(message: mb.Chunk, offset: int, total: int) -> bytes:
@@ -271,14 +272,38 @@ def header_to_pb(header: UploadHeader) -> pb.UploadHeader:
         payload_bytes=header.payload_bytes,
         held_out=metrics_to_pb(header.held_out),
         work=metrics_to_pb(header.work),
+        digest=header.digest,
+        offset=header.offset,
     )
 
 
 def header_from_pb(message: pb.UploadHeader) -> UploadHeader:
-    """From protobuf. Raises InvalidMessage: a payload kind that this release does not know."""
-    kind = _known(_PAYLOADS_BACK, message.payload, "payload kind")
-    held_out, work = metrics_from_pb(message.held_out), metrics_from_pb(message.work)
-    return UploadHeader(message.assignment, message.client, message.examples, kind, message.payload_bytes, held_out, work)
+    """From protobuf. Raises InvalidMessage: a payload kind that this release does not know, or a digest that is none."""
+    if len(message.digest) != DIGEST_BYTES:
+        raise InvalidMessage(f"the digest of an upload has {len(message.digest)} bytes; a SHA-256 has {DIGEST_BYTES}")
+    return UploadHeader(
+        assignment=message.assignment,
+        client=message.client,
+        examples=message.examples,
+        kind=_known(_PAYLOADS_BACK, message.payload, "payload kind"),
+        payload_bytes=message.payload_bytes,
+        held_out=metrics_from_pb(message.held_out),
+        work=metrics_from_pb(message.work),
+        digest=message.digest,
+        offset=message.offset,
+    )
+
+
+def resumption_to_pb(answer: int | Receipt) -> pb.ResumeUploadResponse:
+    """Where a broken upload goes on, or its receipt, to protobuf."""
+    if isinstance(answer, Receipt):
+        return pb.ResumeUploadResponse(receipt=receipt_to_pb(answer))
+    return pb.ResumeUploadResponse(offset=answer)
+
+
+def resumption_from_pb(message: pb.ResumeUploadResponse) -> int | Receipt:
+    """From protobuf. Raises InvalidMessage: a verdict that this release does not know."""
+    return receipt_from_pb(message.receipt) if message.WhichOneof("answer") == "receipt" else message.offset
 
 
 def receipt_to_pb(receipt: Receipt) -> pb.UploadResponse:

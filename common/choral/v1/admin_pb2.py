@@ -16,17 +16,17 @@ from choral.v1 import model_pb2 as choral_dot_v1_dot_model__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63horal/v1/admin.proto\x12\tchoral.v1\x1a\x15\x63horal/v1/model.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"6\n\x0fStartRunRequest\x12\x0e\n\x06rounds\x18\x01 \x01(\x03\x12\x13\n\x0b\x66rom_latest\x18\x02 \x01(\x08\"/\n\x10StartRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.Run\"\x11\n\x0fPauseRunRequest\"/\n\x10PauseRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.Run\"\x12\n\x10ResumeRunRequest\"0\n\x11ResumeRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.Run\"\x10\n\x0eStopRunRequest\".\n\x0fStopRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.Run\"\x15\n\x13TriggerRoundRequest\"3\n\x14TriggerRoundResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.Run\"\x11\n\x0fListRunsRequest\"0\n\x10ListRunsResponse\x12\x1c\n\x04runs\x18\x01 \x03(\x0b\x32\x0e.choral.v1.Run\"/\n\x11ListRoundsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\"6\n\x12ListRoundsResponse\x12 \n\x06rounds\x18\x01 \x03(\x0b\x32\x10.choral.v1.Round\"\x14\n\x12ListClientsRequest\"9\n\x13ListClientsResponse\x12\"\n\x07\x63lients\x18\x01 \x03(\x0b\x32\x11.choral.v1.Client\"1\n\x13ListVersionsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\"<\n\x14ListVersionsResponse\x12$\n\x08versions\x18\x01 \x03(\x0b\x32\x12.choral.v1.Version\"\x0e\n\x0cWatchRequest\"\xa7\x01\n\rWatchResponse\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.RunH\x00\x12!\n\x05round\x18\x02 \x01(\x0b\x32\x10.choral.v1.RoundH\x00\x12#\n\x06\x63lient\x18\x03 \x01(\x0b\x32\x11.choral.v1.ClientH\x00\x12%\n\x07version\x18\x04 \x01(\x0b\x32\x12.choral.v1.VersionH\x00\x42\x08\n\x06\x63hange\"\xf9\x01\n\x03Run\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\"\n\x05state\x18\x03 \x01(\x0e\x32\x13.choral.v1.RunState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x16\n\x0erounds_planned\x18\x05 \x01(\x03\x12\x13\n\x0brounds_done\x18\x06 \x01(\x03\x12\x16\n\x0elatest_version\x18\x07 \x01(\x03\x12\x19\n\x0c\x62\x65st_version\x18\x08 \x01(\x03H\x00\x88\x01\x01\x12\x31\n\rnext_round_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0f\n\r_best_version\"\xf2\x01\n\x05Round\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\"\n\x04kind\x18\x03 \x01(\x0e\x32\x14.choral.v1.RoundKind\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.choral.v1.RoundState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\x03\x12\x1e\n\x05parts\x18\x07 \x03(\x0b\x32\x0f.choral.v1.Part\x12-\n\topened_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nduration_s\x18\t \x01(\x01\"\xa1\x01\n\x04Part\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x10\n\x08\x65xamples\x18\x05 \x01(\x03\x12#\n\x08held_out\x18\x06 \x03(\x0b\x32\x11.choral.v1.Metric\x12\x1f\n\x04work\x18\x07 \x03(\x0b\x32\x11.choral.v1.Metric\"\xae\x01\n\x06\x43lient\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tattending\x18\x02 \x01(\x08\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x03\x12\x10\n\x08software\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12,\n\x08heard_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x07 \x01(\x03\x12\x0e\n\x06reason\x18\x08 \x01(\t\"\xcb\x01\n\x07Version\x12\x0b\n\x03run\x18\x01 \x01(\t\x12(\n\x07version\x18\x02 \x01(\x0b\x32\x17.choral.v1.ModelVersion\x12\x1f\n\x04test\x18\x03 \x03(\x0b\x32\x11.choral.v1.Metric\x12\"\n\x07\x63lients\x18\x04 \x03(\x0b\x32\x11.choral.v1.Metric\x12\x12\n\ncheckpoint\x18\x05 \x01(\t\x12\x30\n\x0cpublished_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\xaf\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATE_WAITING\x10\x01\x12\x16\n\x12RUN_STATE_IN_ROUND\x10\x02\x12\x14\n\x10RUN_STATE_PAUSED\x10\x03\x12\x16\n\x12RUN_STATE_FINISHED\x10\x04\x12\x15\n\x11RUN_STATE_STOPPED\x10\x05\x12\x14\n\x10RUN_STATE_FAILED\x10\x06*p\n\nRoundState\x12\x1b\n\x17ROUND_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10ROUND_STATE_OPEN\x10\x01\x12\x14\n\x10ROUND_STATE_DONE\x10\x02\x12\x19\n\x15ROUND_STATE_ABANDONED\x10\x03\x32\xd9\x05\n\x05\x41\x64min\x12\x43\n\x08StartRun\x12\x1a.choral.v1.StartRunRequest\x1a\x1b.choral.v1.StartRunResponse\x12\x43\n\x08PauseRun\x12\x1a.choral.v1.PauseRunRequest\x1a\x1b.choral.v1.PauseRunResponse\x12\x46\n\tResumeRun\x12\x1b.choral.v1.ResumeRunRequest\x1a\x1c.choral.v1.ResumeRunResponse\x12@\n\x07StopRun\x12\x19.choral.v1.StopRunRequest\x1a\x1a.choral.v1.StopRunResponse\x12O\n\x0cTriggerRound\x12\x1e.choral.v1.TriggerRoundRequest\x1a\x1f.choral.v1.TriggerRoundResponse\x12\x43\n\x08ListRuns\x12\x1a.choral.v1.ListRunsRequest\x1a\x1b.choral.v1.ListRunsResponse\x12I\n\nListRounds\x12\x1c.choral.v1.ListRoundsRequest\x1a\x1d.choral.v1.ListRoundsResponse\x12L\n\x0bListClients\x12\x1d.choral.v1.ListClientsRequest\x1a\x1e.choral.v1.ListClientsResponse\x12O\n\x0cListVersions\x12\x1e.choral.v1.ListVersionsRequest\x1a\x1f.choral.v1.ListVersionsResponse\x12<\n\x05Watch\x12\x17.choral.v1.WatchRequest\x1a\x18.choral.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63horal/v1/admin.proto\x12\tchoral.v1\x1a\x15\x63horal/v1/model.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"6\n\x0fStartRunRequest\x12\x0e\n\x06rounds\x18\x01 \x01(\x03\x12\x13\n\x0b\x66rom_latest\x18\x02 \x01(\x08\"/\n\x10StartRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.Run\"\x11\n\x0fPauseRunRequest\"/\n\x10PauseRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.Run\"\x12\n\x10ResumeRunRequest\"0\n\x11ResumeRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.Run\"\x10\n\x0eStopRunRequest\".\n\x0fStopRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.Run\"\x15\n\x13TriggerRoundRequest\"3\n\x14TriggerRoundResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.Run\"\x11\n\x0fListRunsRequest\"0\n\x10ListRunsResponse\x12\x1c\n\x04runs\x18\x01 \x03(\x0b\x32\x0e.choral.v1.Run\"O\n\x11ListRoundsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x13\n\x06number\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\t\n\x07_number\"6\n\x12ListRoundsResponse\x12 \n\x06rounds\x18\x01 \x03(\x0b\x32\x10.choral.v1.Round\"\x14\n\x12ListClientsRequest\"9\n\x13ListClientsResponse\x12\"\n\x07\x63lients\x18\x01 \x03(\x0b\x32\x11.choral.v1.Client\"1\n\x13ListVersionsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\"<\n\x14ListVersionsResponse\x12$\n\x08versions\x18\x01 \x03(\x0b\x32\x12.choral.v1.Version\"?\n\x11ListEventsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\r\n\x05limit\x18\x03 \x01(\x05\"6\n\x12ListEventsResponse\x12 \n\x06\x65vents\x18\x01 \x03(\x0b\x32\x10.choral.v1.Event\"9\n\x17QuarantineClientRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"=\n\x18QuarantineClientResponse\x12!\n\x06\x63lient\x18\x01 \x01(\x0b\x32\x11.choral.v1.Client\"&\n\x14ReleaseClientRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\":\n\x15ReleaseClientResponse\x12!\n\x06\x63lient\x18\x01 \x01(\x0b\x32\x11.choral.v1.Client\"\"\n\x0fRollBackRequest\x12\x0f\n\x07version\x18\x01 \x01(\x03\"/\n\x10RollBackResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.Run\"\x11\n\x0f\x44iagnoseRequest\"H\n\x10\x44iagnoseResponse\x12\x0e\n\x06moving\x18\x01 \x01(\x08\x12$\n\x08\x66indings\x18\x02 \x03(\x0b\x32\x12.choral.v1.Finding\"E\n\x07\x46inding\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\x0c\n\x04good\x18\x02 \x01(\x08\x12\r\n\x05\x66ound\x18\x03 \x01(\t\x12\x0c\n\x04\x63ure\x18\x04 \x01(\t\"\x0e\n\x0cWatchRequest\"\xca\x01\n\rWatchResponse\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x0e.choral.v1.RunH\x00\x12!\n\x05round\x18\x02 \x01(\x0b\x32\x10.choral.v1.RoundH\x00\x12#\n\x06\x63lient\x18\x03 \x01(\x0b\x32\x11.choral.v1.ClientH\x00\x12%\n\x07version\x18\x04 \x01(\x0b\x32\x12.choral.v1.VersionH\x00\x12!\n\x05\x65vent\x18\x05 \x01(\x0b\x32\x10.choral.v1.EventH\x00\x42\x08\n\x06\x63hange\"\xf9\x01\n\x03Run\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\"\n\x05state\x18\x03 \x01(\x0e\x32\x13.choral.v1.RunState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x16\n\x0erounds_planned\x18\x05 \x01(\x03\x12\x13\n\x0brounds_done\x18\x06 \x01(\x03\x12\x16\n\x0elatest_version\x18\x07 \x01(\x03\x12\x19\n\x0c\x62\x65st_version\x18\x08 \x01(\x03H\x00\x88\x01\x01\x12\x31\n\rnext_round_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0f\n\r_best_version\"\x90\x02\n\x05Round\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\"\n\x04kind\x18\x03 \x01(\x0e\x32\x14.choral.v1.RoundKind\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.choral.v1.RoundState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\x03\x12\x1e\n\x05parts\x18\x07 \x03(\x0b\x32\x0f.choral.v1.Part\x12-\n\topened_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nduration_s\x18\t \x01(\x01\x12\x0c\n\x04goal\x18\n \x01(\x05\x12\x0e\n\x06quorum\x18\x0b \x01(\x05\"\xa1\x01\n\x04Part\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x10\n\x08\x65xamples\x18\x05 \x01(\x03\x12#\n\x08held_out\x18\x06 \x03(\x0b\x32\x11.choral.v1.Metric\x12\x1f\n\x04work\x18\x07 \x03(\x0b\x32\x11.choral.v1.Metric\"\xd3\x01\n\x06\x43lient\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tattending\x18\x02 \x01(\x08\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x03\x12\x10\n\x08software\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12,\n\x08heard_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x07 \x01(\x03\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07refused\x18\t \x01(\x03\x12\x12\n\nquarantine\x18\n \x01(\t\"\xcb\x01\n\x07Version\x12\x0b\n\x03run\x18\x01 \x01(\t\x12(\n\x07version\x18\x02 \x01(\x0b\x32\x17.choral.v1.ModelVersion\x12\x1f\n\x04test\x18\x03 \x03(\x0b\x32\x11.choral.v1.Metric\x12\"\n\x07\x63lients\x18\x04 \x03(\x0b\x32\x11.choral.v1.Metric\x12\x12\n\ncheckpoint\x18\x05 \x01(\t\x12\x30\n\x0cpublished_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x86\x01\n\x05\x45vent\x12&\n\x02\x61t\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04what\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\x12\n\x05round\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x0e\n\x06\x63lient\x18\x05 \x01(\t\x12\x0c\n\x04told\x18\x06 \x01(\tB\x08\n\x06_round*\xaf\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATE_WAITING\x10\x01\x12\x16\n\x12RUN_STATE_IN_ROUND\x10\x02\x12\x14\n\x10RUN_STATE_PAUSED\x10\x03\x12\x16\n\x12RUN_STATE_FINISHED\x10\x04\x12\x15\n\x11RUN_STATE_STOPPED\x10\x05\x12\x14\n\x10RUN_STATE_FAILED\x10\x06*\x88\x01\n\nRoundState\x12\x1b\n\x17ROUND_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10ROUND_STATE_OPEN\x10\x01\x12\x14\n\x10ROUND_STATE_DONE\x10\x02\x12\x19\n\x15ROUND_STATE_ABANDONED\x10\x03\x12\x16\n\x12ROUND_STATE_CLOSED\x10\x04\x32\xdf\x08\n\x05\x41\x64min\x12\x43\n\x08StartRun\x12\x1a.choral.v1.StartRunRequest\x1a\x1b.choral.v1.StartRunResponse\x12\x43\n\x08PauseRun\x12\x1a.choral.v1.PauseRunRequest\x1a\x1b.choral.v1.PauseRunResponse\x12\x46\n\tResumeRun\x12\x1b.choral.v1.ResumeRunRequest\x1a\x1c.choral.v1.ResumeRunResponse\x12@\n\x07StopRun\x12\x19.choral.v1.StopRunRequest\x1a\x1a.choral.v1.StopRunResponse\x12O\n\x0cTriggerRound\x12\x1e.choral.v1.TriggerRoundRequest\x1a\x1f.choral.v1.TriggerRoundResponse\x12\x43\n\x08ListRuns\x12\x1a.choral.v1.ListRunsRequest\x1a\x1b.choral.v1.ListRunsResponse\x12I\n\nListRounds\x12\x1c.choral.v1.ListRoundsRequest\x1a\x1d.choral.v1.ListRoundsResponse\x12L\n\x0bListClients\x12\x1d.choral.v1.ListClientsRequest\x1a\x1e.choral.v1.ListClientsResponse\x12O\n\x0cListVersions\x12\x1e.choral.v1.ListVersionsRequest\x1a\x1f.choral.v1.ListVersionsResponse\x12I\n\nListEvents\x12\x1c.choral.v1.ListEventsRequest\x1a\x1d.choral.v1.ListEventsResponse\x12[\n\x10QuarantineClient\x12\".choral.v1.QuarantineClientRequest\x1a#.choral.v1.QuarantineClientResponse\x12R\n\rReleaseClient\x12\x1f.choral.v1.ReleaseClientRequest\x1a .choral.v1.ReleaseClientResponse\x12\x43\n\x08RollBack\x12\x1a.choral.v1.RollBackRequest\x1a\x1b.choral.v1.RollBackResponse\x12\x43\n\x08\x44iagnose\x12\x1a.choral.v1.DiagnoseRequest\x1a\x1b.choral.v1.DiagnoseResponse\x12<\n\x05Watch\x12\x17.choral.v1.WatchRequest\x1a\x18.choral.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'choral.v1.admin_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_RUNSTATE']._serialized_start=2076
-  _globals['_RUNSTATE']._serialized_end=2251
-  _globals['_ROUNDSTATE']._serialized_start=2253
-  _globals['_ROUNDSTATE']._serialized_end=2365
+  _globals['_RUNSTATE']._serialized_start=2939
+  _globals['_RUNSTATE']._serialized_end=3114
+  _globals['_ROUNDSTATE']._serialized_start=3117
+  _globals['_ROUNDSTATE']._serialized_end=3253
   _globals['_STARTRUNREQUEST']._serialized_start=92
   _globals['_STARTRUNREQUEST']._serialized_end=146
   _globals['_STARTRUNRESPONSE']._serialized_start=148
@@ -52,31 +52,55 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_LISTRUNSRESPONSE']._serialized_start=496
   _globals['_LISTRUNSRESPONSE']._serialized_end=544
   _globals['_LISTROUNDSREQUEST']._serialized_start=546
-  _globals['_LISTROUNDSREQUEST']._serialized_end=593
-  _globals['_LISTROUNDSRESPONSE']._serialized_start=595
-  _globals['_LISTROUNDSRESPONSE']._serialized_end=649
-  _globals['_LISTCLIENTSREQUEST']._serialized_start=651
-  _globals['_LISTCLIENTSREQUEST']._serialized_end=671
-  _globals['_LISTCLIENTSRESPONSE']._serialized_start=673
-  _globals['_LISTCLIENTSRESPONSE']._serialized_end=730
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=732
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=781
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=783
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=843
-  _globals['_WATCHREQUEST']._serialized_start=845
-  _globals['_WATCHREQUEST']._serialized_end=859
-  _globals['_WATCHRESPONSE']._serialized_start=862
-  _globals['_WATCHRESPONSE']._serialized_end=1029
-  _globals['_RUN']._serialized_start=1032
-  _globals['_RUN']._serialized_end=1281
-  _globals['_ROUND']._serialized_start=1284
-  _globals['_ROUND']._serialized_end=1526
-  _globals['_PART']._serialized_start=1529
-  _globals['_PART']._serialized_end=1690
-  _globals['_CLIENT']._serialized_start=1693
-  _globals['_CLIENT']._serialized_end=1867
-  _globals['_VERSION']._serialized_start=1870
-  _globals['_VERSION']._serialized_end=2073
-  _globals['_ADMIN']._serialized_start=2368
-  _globals['_ADMIN']._serialized_end=3097
+  _globals['_LISTROUNDSREQUEST']._serialized_end=625
+  _globals['_LISTROUNDSRESPONSE']._serialized_start=627
+  _globals['_LISTROUNDSRESPONSE']._serialized_end=681
+  _globals['_LISTCLIENTSREQUEST']._serialized_start=683
+  _globals['_LISTCLIENTSREQUEST']._serialized_end=703
+  _globals['_LISTCLIENTSRESPONSE']._serialized_start=705
+  _globals['_LISTCLIENTSRESPONSE']._serialized_end=762
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=764
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=813
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=815
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=875
+  _globals['_LISTEVENTSREQUEST']._serialized_start=877
+  _globals['_LISTEVENTSREQUEST']._serialized_end=940
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=942
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=996
+  _globals['_QUARANTINECLIENTREQUEST']._serialized_start=998
+  _globals['_QUARANTINECLIENTREQUEST']._serialized_end=1055
+  _globals['_QUARANTINECLIENTRESPONSE']._serialized_start=1057
+  _globals['_QUARANTINECLIENTRESPONSE']._serialized_end=1118
+  _globals['_RELEASECLIENTREQUEST']._serialized_start=1120
+  _globals['_RELEASECLIENTREQUEST']._serialized_end=1158
+  _globals['_RELEASECLIENTRESPONSE']._serialized_start=1160
+  _globals['_RELEASECLIENTRESPONSE']._serialized_end=1218
+  _globals['_ROLLBACKREQUEST']._serialized_start=1220
+  _globals['_ROLLBACKREQUEST']._serialized_end=1254
+  _globals['_ROLLBACKRESPONSE']._serialized_start=1256
+  _globals['_ROLLBACKRESPONSE']._serialized_end=1303
+  _globals['_DIAGNOSEREQUEST']._serialized_start=1305
+  _globals['_DIAGNOSEREQUEST']._serialized_end=1322
+  _globals['_DIAGNOSERESPONSE']._serialized_start=1324
+  _globals['_DIAGNOSERESPONSE']._serialized_end=1396
+  _globals['_FINDING']._serialized_start=1398
+  _globals['_FINDING']._serialized_end=1467
+  _globals['_WATCHREQUEST']._serialized_start=1469
+  _globals['_WATCHREQUEST']._serialized_end=1483
+  _globals['_WATCHRESPONSE']._serialized_start=1486
+  _globals['_WATCHRESPONSE']._serialized_end=1688
+  _globals['_RUN']._serialized_start=1691
+  _globals['_RUN']._serialized_end=1940
+  _globals['_ROUND']._serialized_start=1943
+  _globals['_ROUND']._serialized_end=2215
+  _globals['_PART']._serialized_start=2218
+  _globals['_PART']._serialized_end=2379
+  _globals['_CLIENT']._serialized_start=2382
+  _globals['_CLIENT']._serialized_end=2593
+  _globals['_VERSION']._serialized_start=2596
+  _globals['_VERSION']._serialized_end=2799
+  _globals['_EVENT']._serialized_start=2802
+  _globals['_EVENT']._serialized_end=2936
+  _globals['_ADMIN']._serialized_start=3256
+  _globals['_ADMIN']._serialized_end=4375
 # @@protoc_insertion_point(module_scope)

@@ -78,6 +78,8 @@ class _RoundStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """Its results were aggregated."""
     ROUND_STATE_ABANDONED: _RoundState.ValueType  # 3
     """Too few results."""
+    ROUND_STATE_CLOSED: _RoundState.ValueType  # 4
+    """Enough results were collected; they are being aggregated."""
 
 class RoundState(_RoundState, metaclass=_RoundStateEnumTypeWrapper):
     """Where a round stands."""
@@ -90,6 +92,8 @@ ROUND_STATE_DONE: RoundState.ValueType  # 2
 """Its results were aggregated."""
 ROUND_STATE_ABANDONED: RoundState.ValueType  # 3
 """Too few results."""
+ROUND_STATE_CLOSED: RoundState.ValueType  # 4
+"""Enough results were collected; they are being aggregated."""
 global___RoundState = RoundState
 
 @typing.final
@@ -307,17 +311,23 @@ class ListRoundsRequest(google.protobuf.message.Message):
 
     RUN_FIELD_NUMBER: builtins.int
     LIMIT_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run; empty: the present one."""
     limit: builtins.int
     """At most so many; 0: 100. Unit: rounds."""
+    number: builtins.int
+    """Only the round of this number."""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         limit: builtins.int = ...,
+        number: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["limit", b"limit", "run", b"run"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_number", b"_number", "number", b"number"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_number", b"_number", "limit", b"limit", "number", b"number", "run", b"run"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_number", b"_number"]) -> typing.Literal["number"] | None: ...
 
 global___ListRoundsRequest = ListRoundsRequest
 
@@ -416,6 +426,239 @@ class ListVersionsResponse(google.protobuf.message.Message):
 global___ListVersionsResponse = ListVersionsResponse
 
 @typing.final
+class ListEventsRequest(google.protobuf.message.Message):
+    """Asks for events."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    CLIENT_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Name of the run; empty: all of them."""
+    client: builtins.str
+    """Name of a client; empty: all of them, and events that concern none."""
+    limit: builtins.int
+    """At most so many; 0: 100. Unit: events."""
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        client: builtins.str = ...,
+        limit: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "limit", b"limit", "run", b"run"]) -> None: ...
+
+global___ListEventsRequest = ListEventsRequest
+
+@typing.final
+class ListEventsResponse(google.protobuf.message.Message):
+    """The events."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: builtins.int
+    @property
+    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Event]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        events: collections.abc.Iterable[global___Event] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["events", b"events"]) -> None: ...
+
+global___ListEventsResponse = ListEventsResponse
+
+@typing.final
+class QuarantineClientRequest(google.protobuf.message.Message):
+    """Asks for a quarantine."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    client: builtins.str
+    """Name of the client."""
+    reason: builtins.str
+    """Why, in words for people."""
+    def __init__(
+        self,
+        *,
+        client: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "reason", b"reason"]) -> None: ...
+
+global___QuarantineClientRequest = QuarantineClientRequest
+
+@typing.final
+class QuarantineClientResponse(google.protobuf.message.Message):
+    """The quarantined client."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: builtins.int
+    @property
+    def client(self) -> global___Client:
+        """Its state."""
+
+    def __init__(
+        self,
+        *,
+        client: global___Client | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["client", b"client"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client"]) -> None: ...
+
+global___QuarantineClientResponse = QuarantineClientResponse
+
+@typing.final
+class ReleaseClientRequest(google.protobuf.message.Message):
+    """Asks for the end of a quarantine."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: builtins.int
+    client: builtins.str
+    """Name of the client."""
+    def __init__(
+        self,
+        *,
+        client: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client"]) -> None: ...
+
+global___ReleaseClientRequest = ReleaseClientRequest
+
+@typing.final
+class ReleaseClientResponse(google.protobuf.message.Message):
+    """The released client."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: builtins.int
+    @property
+    def client(self) -> global___Client:
+        """Its state."""
+
+    def __init__(
+        self,
+        *,
+        client: global___Client | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["client", b"client"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client"]) -> None: ...
+
+global___ReleaseClientResponse = ReleaseClientResponse
+
+@typing.final
+class RollBackRequest(google.protobuf.message.Message):
+    """Asks for an earlier version."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    version: builtins.int
+    """Number of the version to go back to."""
+    def __init__(
+        self,
+        *,
+        version: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["version", b"version"]) -> None: ...
+
+global___RollBackRequest = RollBackRequest
+
+@typing.final
+class RollBackResponse(google.protobuf.message.Message):
+    """It is done, or will be when the round under way has been abandoned."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    @property
+    def run(self) -> global___Run:
+        """The run's state."""
+
+    def __init__(
+        self,
+        *,
+        run: global___Run | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["run", b"run"]) -> None: ...
+
+global___RollBackResponse = RollBackResponse
+
+@typing.final
+class DiagnoseRequest(google.protobuf.message.Message):
+    """Asks for a diagnosis."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___DiagnoseRequest = DiagnoseRequest
+
+@typing.final
+class DiagnoseResponse(google.protobuf.message.Message):
+    """A diagnosis."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MOVING_FIELD_NUMBER: builtins.int
+    FINDINGS_FIELD_NUMBER: builtins.int
+    moving: builtins.bool
+    """Whether the run moves, or waits only for its schedule."""
+    @property
+    def findings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Finding]:
+        """What was looked at."""
+
+    def __init__(
+        self,
+        *,
+        moving: builtins.bool = ...,
+        findings: collections.abc.Iterable[global___Finding] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["findings", b"findings", "moving", b"moving"]) -> None: ...
+
+global___DiagnoseResponse = DiagnoseResponse
+
+@typing.final
+class Finding(google.protobuf.message.Message):
+    """One thing that was looked at."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: builtins.int
+    GOOD_FIELD_NUMBER: builtins.int
+    FOUND_FIELD_NUMBER: builtins.int
+    CURE_FIELD_NUMBER: builtins.int
+    subject: builtins.str
+    """What: run, schedule, clients, disk, database, artifacts."""
+    good: builtins.bool
+    """Whether it is as it should be."""
+    found: builtins.str
+    """What was found, in words for people."""
+    cure: builtins.str
+    """What to do about it; empty if it is good."""
+    def __init__(
+        self,
+        *,
+        subject: builtins.str = ...,
+        good: builtins.bool = ...,
+        found: builtins.str = ...,
+        cure: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cure", b"cure", "found", b"found", "good", b"good", "subject", b"subject"]) -> None: ...
+
+global___Finding = Finding
+
+@typing.final
 class WatchRequest(google.protobuf.message.Message):
     """Asks to watch."""
 
@@ -437,6 +680,7 @@ class WatchResponse(google.protobuf.message.Message):
     ROUND_FIELD_NUMBER: builtins.int
     CLIENT_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    EVENT_FIELD_NUMBER: builtins.int
     @property
     def run(self) -> global___Run:
         """The run."""
@@ -453,6 +697,10 @@ class WatchResponse(google.protobuf.message.Message):
     def version(self) -> global___Version:
         """A version."""
 
+    @property
+    def event(self) -> global___Event:
+        """An event."""
+
     def __init__(
         self,
         *,
@@ -460,10 +708,11 @@ class WatchResponse(google.protobuf.message.Message):
         round: global___Round | None = ...,
         client: global___Client | None = ...,
         version: global___Version | None = ...,
+        event: global___Event | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["change", b"change", "client", b"client", "round", b"round", "run", b"run", "version", b"version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["change", b"change", "client", b"client", "round", b"round", "run", b"run", "version", b"version"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["change", b"change"]) -> typing.Literal["run", "round", "client", "version"] | None: ...
+    def HasField(self, field_name: typing.Literal["change", b"change", "client", b"client", "event", b"event", "round", b"round", "run", b"run", "version", b"version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["change", b"change", "client", b"client", "event", b"event", "round", b"round", "run", b"run", "version", b"version"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["change", b"change"]) -> typing.Literal["run", "round", "client", "version", "event"] | None: ...
 
 global___WatchResponse = WatchResponse
 
@@ -536,6 +785,8 @@ class Round(google.protobuf.message.Message):
     PARTS_FIELD_NUMBER: builtins.int
     OPENED_AT_FIELD_NUMBER: builtins.int
     DURATION_S_FIELD_NUMBER: builtins.int
+    GOAL_FIELD_NUMBER: builtins.int
+    QUORUM_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     number: builtins.int
@@ -550,6 +801,10 @@ class Round(google.protobuf.message.Message):
     """Number of the version that it started from."""
     duration_s: builtins.float
     """From opening to the published version. Unit: seconds. 0 while it is under way."""
+    goal: builtins.int
+    """The aggregation goal. Unit: results."""
+    quorum: builtins.int
+    """Results without which the round is abandoned. Unit: results."""
     @property
     def parts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Part]:
         """Each client's part."""
@@ -570,9 +825,11 @@ class Round(google.protobuf.message.Message):
         parts: collections.abc.Iterable[global___Part] | None = ...,
         opened_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         duration_s: builtins.float = ...,
+        goal: builtins.int = ...,
+        quorum: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["opened_at", b"opened_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["duration_s", b"duration_s", "kind", b"kind", "number", b"number", "opened_at", b"opened_at", "parts", b"parts", "reason", b"reason", "run", b"run", "state", b"state", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["duration_s", b"duration_s", "goal", b"goal", "kind", b"kind", "number", b"number", "opened_at", b"opened_at", "parts", b"parts", "quorum", b"quorum", "reason", b"reason", "run", b"run", "state", b"state", "version", b"version"]) -> None: ...
 
 global___Round = Round
 
@@ -636,6 +893,8 @@ class Client(google.protobuf.message.Message):
     HEARD_AT_FIELD_NUMBER: builtins.int
     ACCEPTED_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
+    QUARANTINE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Its name."""
     attending: builtins.bool
@@ -650,6 +909,10 @@ class Client(google.protobuf.message.Message):
     """Results accepted from it. Unit: results."""
     reason: builtins.str
     """Why it was refused or left, if it does not attend."""
+    refused: builtins.int
+    """Results refused from it in a row, the last ones. Unit: results."""
+    quarantine: builtins.str
+    """Why it is quarantined: no result is asked or taken from it; empty if it is not."""
     @property
     def heard_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was last heard."""
@@ -665,9 +928,11 @@ class Client(google.protobuf.message.Message):
         heard_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         accepted: builtins.int = ...,
         reason: builtins.str = ...,
+        refused: builtins.int = ...,
+        quarantine: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["heard_at", b"heard_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "address", b"address", "attending", b"attending", "examples", b"examples", "heard_at", b"heard_at", "name", b"name", "reason", b"reason", "software", b"software"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "address", b"address", "attending", b"attending", "examples", b"examples", "heard_at", b"heard_at", "name", b"name", "quarantine", b"quarantine", "reason", b"reason", "refused", b"refused", "software", b"software"]) -> None: ...
 
 global___Client = Client
 
@@ -717,3 +982,45 @@ class Version(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "clients", b"clients", "published_at", b"published_at", "run", b"run", "test", b"test", "version", b"version"]) -> None: ...
 
 global___Version = Version
+
+@typing.final
+class Event(google.protobuf.message.Message):
+    """Something that happened."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AT_FIELD_NUMBER: builtins.int
+    WHAT_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
+    ROUND_FIELD_NUMBER: builtins.int
+    CLIENT_FIELD_NUMBER: builtins.int
+    TOLD_FIELD_NUMBER: builtins.int
+    what: builtins.str
+    """What: one word or two, e.g. "upload refused", "client quarantined", "round abandoned", "database gone"."""
+    run: builtins.str
+    """Name of the run that it concerns; empty: none."""
+    round: builtins.int
+    """Number of the round that it concerns."""
+    client: builtins.str
+    """Name of the client that it concerns; empty: none."""
+    told: builtins.str
+    """The reason or the circumstances, in words for people."""
+    @property
+    def at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        what: builtins.str = ...,
+        run: builtins.str = ...,
+        round: builtins.int | None = ...,
+        client: builtins.str = ...,
+        told: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_round", b"_round", "at", b"at", "round", b"round"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_round", b"_round", "at", b"at", "client", b"client", "round", b"round", "run", b"run", "told", b"told", "what", b"what"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_round", b"_round"]) -> typing.Literal["round"] | None: ...
+
+global___Event = Event

@@ -60,6 +60,31 @@ class AdminStub(object):
                 request_serializer=choral_dot_v1_dot_admin__pb2.ListVersionsRequest.SerializeToString,
                 response_deserializer=choral_dot_v1_dot_admin__pb2.ListVersionsResponse.FromString,
                 )
+        self.ListEvents = channel.unary_unary(
+                '/choral.v1.Admin/ListEvents',
+                request_serializer=choral_dot_v1_dot_admin__pb2.ListEventsRequest.SerializeToString,
+                response_deserializer=choral_dot_v1_dot_admin__pb2.ListEventsResponse.FromString,
+                )
+        self.QuarantineClient = channel.unary_unary(
+                '/choral.v1.Admin/QuarantineClient',
+                request_serializer=choral_dot_v1_dot_admin__pb2.QuarantineClientRequest.SerializeToString,
+                response_deserializer=choral_dot_v1_dot_admin__pb2.QuarantineClientResponse.FromString,
+                )
+        self.ReleaseClient = channel.unary_unary(
+                '/choral.v1.Admin/ReleaseClient',
+                request_serializer=choral_dot_v1_dot_admin__pb2.ReleaseClientRequest.SerializeToString,
+                response_deserializer=choral_dot_v1_dot_admin__pb2.ReleaseClientResponse.FromString,
+                )
+        self.RollBack = channel.unary_unary(
+                '/choral.v1.Admin/RollBack',
+                request_serializer=choral_dot_v1_dot_admin__pb2.RollBackRequest.SerializeToString,
+                response_deserializer=choral_dot_v1_dot_admin__pb2.RollBackResponse.FromString,
+                )
+        self.Diagnose = channel.unary_unary(
+                '/choral.v1.Admin/Diagnose',
+                request_serializer=choral_dot_v1_dot_admin__pb2.DiagnoseRequest.SerializeToString,
+                response_deserializer=choral_dot_v1_dot_admin__pb2.DiagnoseResponse.FromString,
+                )
         self.Watch = channel.unary_stream(
                 '/choral.v1.Admin/Watch',
                 request_serializer=choral_dot_v1_dot_admin__pb2.WatchRequest.SerializeToString,
@@ -134,6 +159,41 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListEvents(self, request, context):
+        """What happened that an operator may want to look up, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def QuarantineClient(self, request, context):
+        """Take no more results from a client until it is released.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseClient(self, request, context):
+        """Let a quarantined client take part again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBack(self, request, context):
+        """Publish the weights and optimizer state of an earlier version as the newest version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Diagnose(self, request, context):
+        """Why the run moves, or does not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """What happens, as it happens: first a snapshot of the run and the clients, then one message per change.
         """
@@ -188,6 +248,31 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ListVersions,
                     request_deserializer=choral_dot_v1_dot_admin__pb2.ListVersionsRequest.FromString,
                     response_serializer=choral_dot_v1_dot_admin__pb2.ListVersionsResponse.SerializeToString,
+            ),
+            'ListEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvents,
+                    request_deserializer=choral_dot_v1_dot_admin__pb2.ListEventsRequest.FromString,
+                    response_serializer=choral_dot_v1_dot_admin__pb2.ListEventsResponse.SerializeToString,
+            ),
+            'QuarantineClient': grpc.unary_unary_rpc_method_handler(
+                    servicer.QuarantineClient,
+                    request_deserializer=choral_dot_v1_dot_admin__pb2.QuarantineClientRequest.FromString,
+                    response_serializer=choral_dot_v1_dot_admin__pb2.QuarantineClientResponse.SerializeToString,
+            ),
+            'ReleaseClient': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseClient,
+                    request_deserializer=choral_dot_v1_dot_admin__pb2.ReleaseClientRequest.FromString,
+                    response_serializer=choral_dot_v1_dot_admin__pb2.ReleaseClientResponse.SerializeToString,
+            ),
+            'RollBack': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBack,
+                    request_deserializer=choral_dot_v1_dot_admin__pb2.RollBackRequest.FromString,
+                    response_serializer=choral_dot_v1_dot_admin__pb2.RollBackResponse.SerializeToString,
+            ),
+            'Diagnose': grpc.unary_unary_rpc_method_handler(
+                    servicer.Diagnose,
+                    request_deserializer=choral_dot_v1_dot_admin__pb2.DiagnoseRequest.FromString,
+                    response_serializer=choral_dot_v1_dot_admin__pb2.DiagnoseResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -355,6 +440,91 @@ class Admin(object):
         return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/ListVersions',
             choral_dot_v1_dot_admin__pb2.ListVersionsRequest.SerializeToString,
             choral_dot_v1_dot_admin__pb2.ListVersionsResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ListEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/ListEvents',
+            choral_dot_v1_dot_admin__pb2.ListEventsRequest.SerializeToString,
+            choral_dot_v1_dot_admin__pb2.ListEventsResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def QuarantineClient(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/QuarantineClient',
+            choral_dot_v1_dot_admin__pb2.QuarantineClientRequest.SerializeToString,
+            choral_dot_v1_dot_admin__pb2.QuarantineClientResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ReleaseClient(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/ReleaseClient',
+            choral_dot_v1_dot_admin__pb2.ReleaseClientRequest.SerializeToString,
+            choral_dot_v1_dot_admin__pb2.ReleaseClientResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def RollBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/RollBack',
+            choral_dot_v1_dot_admin__pb2.RollBackRequest.SerializeToString,
+            choral_dot_v1_dot_admin__pb2.RollBackResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Diagnose(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/Diagnose',
+            choral_dot_v1_dot_admin__pb2.DiagnoseRequest.SerializeToString,
+            choral_dot_v1_dot_admin__pb2.DiagnoseResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

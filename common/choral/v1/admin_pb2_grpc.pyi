@@ -78,6 +78,36 @@ class AdminStub:
     ]
     """The versions of a run, newest first."""
 
+    ListEvents: grpc.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.ListEventsRequest,
+        choral.v1.admin_pb2.ListEventsResponse,
+    ]
+    """What happened that an operator may want to look up, newest first."""
+
+    QuarantineClient: grpc.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.QuarantineClientRequest,
+        choral.v1.admin_pb2.QuarantineClientResponse,
+    ]
+    """Take no more results from a client until it is released."""
+
+    ReleaseClient: grpc.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.ReleaseClientRequest,
+        choral.v1.admin_pb2.ReleaseClientResponse,
+    ]
+    """Let a quarantined client take part again."""
+
+    RollBack: grpc.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.RollBackRequest,
+        choral.v1.admin_pb2.RollBackResponse,
+    ]
+    """Publish the weights and optimizer state of an earlier version as the newest version."""
+
+    Diagnose: grpc.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.DiagnoseRequest,
+        choral.v1.admin_pb2.DiagnoseResponse,
+    ]
+    """Why the run moves, or does not."""
+
     Watch: grpc.UnaryStreamMultiCallable[
         choral.v1.admin_pb2.WatchRequest,
         choral.v1.admin_pb2.WatchResponse,
@@ -140,6 +170,36 @@ class AdminAsyncStub:
         choral.v1.admin_pb2.ListVersionsResponse,
     ]
     """The versions of a run, newest first."""
+
+    ListEvents: grpc.aio.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.ListEventsRequest,
+        choral.v1.admin_pb2.ListEventsResponse,
+    ]
+    """What happened that an operator may want to look up, newest first."""
+
+    QuarantineClient: grpc.aio.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.QuarantineClientRequest,
+        choral.v1.admin_pb2.QuarantineClientResponse,
+    ]
+    """Take no more results from a client until it is released."""
+
+    ReleaseClient: grpc.aio.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.ReleaseClientRequest,
+        choral.v1.admin_pb2.ReleaseClientResponse,
+    ]
+    """Let a quarantined client take part again."""
+
+    RollBack: grpc.aio.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.RollBackRequest,
+        choral.v1.admin_pb2.RollBackResponse,
+    ]
+    """Publish the weights and optimizer state of an earlier version as the newest version."""
+
+    Diagnose: grpc.aio.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.DiagnoseRequest,
+        choral.v1.admin_pb2.DiagnoseResponse,
+    ]
+    """Why the run moves, or does not."""
 
     Watch: grpc.aio.UnaryStreamMultiCallable[
         choral.v1.admin_pb2.WatchRequest,
@@ -221,6 +281,46 @@ class AdminServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[choral.v1.admin_pb2.ListVersionsResponse, collections.abc.Awaitable[choral.v1.admin_pb2.ListVersionsResponse]]:
         """The versions of a run, newest first."""
+
+    @abc.abstractmethod
+    def ListEvents(
+        self,
+        request: choral.v1.admin_pb2.ListEventsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[choral.v1.admin_pb2.ListEventsResponse, collections.abc.Awaitable[choral.v1.admin_pb2.ListEventsResponse]]:
+        """What happened that an operator may want to look up, newest first."""
+
+    @abc.abstractmethod
+    def QuarantineClient(
+        self,
+        request: choral.v1.admin_pb2.QuarantineClientRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[choral.v1.admin_pb2.QuarantineClientResponse, collections.abc.Awaitable[choral.v1.admin_pb2.QuarantineClientResponse]]:
+        """Take no more results from a client until it is released."""
+
+    @abc.abstractmethod
+    def ReleaseClient(
+        self,
+        request: choral.v1.admin_pb2.ReleaseClientRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[choral.v1.admin_pb2.ReleaseClientResponse, collections.abc.Awaitable[choral.v1.admin_pb2.ReleaseClientResponse]]:
+        """Let a quarantined client take part again."""
+
+    @abc.abstractmethod
+    def RollBack(
+        self,
+        request: choral.v1.admin_pb2.RollBackRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[choral.v1.admin_pb2.RollBackResponse, collections.abc.Awaitable[choral.v1.admin_pb2.RollBackResponse]]:
+        """Publish the weights and optimizer state of an earlier version as the newest version."""
+
+    @abc.abstractmethod
+    def Diagnose(
+        self,
+        request: choral.v1.admin_pb2.DiagnoseRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[choral.v1.admin_pb2.DiagnoseResponse, collections.abc.Awaitable[choral.v1.admin_pb2.DiagnoseResponse]]:
+        """Why the run moves, or does not."""
 
     @abc.abstractmethod
     def Watch(

@@ -551,6 +551,8 @@ class UploadHeader(google.protobuf.message.Message):
     PAYLOAD_BYTES_FIELD_NUMBER: builtins.int
     HELD_OUT_FIELD_NUMBER: builtins.int
     WORK_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
     assignment: builtins.str
     """The assignment that it answers."""
     client: builtins.str
@@ -561,6 +563,10 @@ class UploadHeader(google.protobuf.message.Message):
     """What the payload holds."""
     payload_bytes: builtins.int
     """Length of the payload. Unit: bytes."""
+    digest: builtins.bytes
+    """SHA-256 of the whole payload. Unit: 32 raw bytes."""
+    offset: builtins.int
+    """Where the first chunk begins: 0, or at most what ResumeUpload answered. Unit: bytes."""
     @property
     def held_out(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[choral.v1.model_pb2.Metric]:
         """Metrics of the version that the client started from, on its held-out examples, if the plan asks and it has any."""
@@ -579,8 +585,10 @@ class UploadHeader(google.protobuf.message.Message):
         payload_bytes: builtins.int = ...,
         held_out: collections.abc.Iterable[choral.v1.model_pb2.Metric] | None = ...,
         work: collections.abc.Iterable[choral.v1.model_pb2.Metric] | None = ...,
+        digest: builtins.bytes = ...,
+        offset: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "examples", b"examples", "held_out", b"held_out", "payload", b"payload", "payload_bytes", b"payload_bytes", "work", b"work"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "digest", b"digest", "examples", b"examples", "held_out", b"held_out", "offset", b"offset", "payload", b"payload", "payload_bytes", b"payload_bytes", "work", b"work"]) -> None: ...
 
 global___UploadHeader = UploadHeader
 
@@ -623,3 +631,50 @@ class UploadResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["reason", b"reason", "verdict", b"verdict"]) -> None: ...
 
 global___UploadResponse = UploadResponse
+
+@typing.final
+class ResumeUploadRequest(google.protobuf.message.Message):
+    """Asks where a broken upload can go on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: builtins.int
+    @property
+    def header(self) -> global___UploadHeader:
+        """The upload's header; its offset is not read."""
+
+    def __init__(
+        self,
+        *,
+        header: global___UploadHeader | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["header", b"header"]) -> None: ...
+
+global___ResumeUploadRequest = ResumeUploadRequest
+
+@typing.final
+class ResumeUploadResponse(google.protobuf.message.Message):
+    """Where a broken upload goes on, or that it need not."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: builtins.int
+    RECEIPT_FIELD_NUMBER: builtins.int
+    offset: builtins.int
+    """So much of the payload has arrived and was verified: begin there. Unit: bytes."""
+    @property
+    def receipt(self) -> global___UploadResponse:
+        """The result needs no sending: it was accepted before, or is not wanted."""
+
+    def __init__(
+        self,
+        *,
+        offset: builtins.int = ...,
+        receipt: global___UploadResponse | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer", "offset", b"offset", "receipt", b"receipt"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "offset", b"offset", "receipt", b"receipt"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["answer", b"answer"]) -> typing.Literal["offset", "receipt"] | None: ...
+
+global___ResumeUploadResponse = ResumeUploadResponse

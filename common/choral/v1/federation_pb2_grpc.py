@@ -30,6 +30,11 @@ class FederationStub(object):
                 request_serializer=choral_dot_v1_dot_federation__pb2.UploadRequest.SerializeToString,
                 response_deserializer=choral_dot_v1_dot_federation__pb2.UploadResponse.FromString,
                 )
+        self.ResumeUpload = channel.unary_unary(
+                '/choral.v1.Federation/ResumeUpload',
+                request_serializer=choral_dot_v1_dot_federation__pb2.ResumeUploadRequest.SerializeToString,
+                response_deserializer=choral_dot_v1_dot_federation__pb2.ResumeUploadResponse.FromString,
+                )
 
 
 class FederationServicer(object):
@@ -57,6 +62,13 @@ class FederationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResumeUpload(self, request, context):
+        """After a broken upload: whether the result is still wanted, and from which byte on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FederationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -74,6 +86,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.Upload,
                     request_deserializer=choral_dot_v1_dot_federation__pb2.UploadRequest.FromString,
                     response_serializer=choral_dot_v1_dot_federation__pb2.UploadResponse.SerializeToString,
+            ),
+            'ResumeUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeUpload,
+                    request_deserializer=choral_dot_v1_dot_federation__pb2.ResumeUploadRequest.FromString,
+                    response_serializer=choral_dot_v1_dot_federation__pb2.ResumeUploadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,5 +151,22 @@ class Federation(object):
         return grpc.experimental.stream_unary(request_iterator, target, '/choral.v1.Federation/Upload',
             choral_dot_v1_dot_federation__pb2.UploadRequest.SerializeToString,
             choral_dot_v1_dot_federation__pb2.UploadResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ResumeUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/choral.v1.Federation/ResumeUpload',
+            choral_dot_v1_dot_federation__pb2.ResumeUploadRequest.SerializeToString,
+            choral_dot_v1_dot_federation__pb2.ResumeUploadResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

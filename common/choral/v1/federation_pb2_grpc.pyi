@@ -44,6 +44,12 @@ class FederationStub:
     ]
     """Send the result of an assignment: header, chunks, trailer. The answer is a receipt."""
 
+    ResumeUpload: grpc.UnaryUnaryMultiCallable[
+        choral.v1.federation_pb2.ResumeUploadRequest,
+        choral.v1.federation_pb2.ResumeUploadResponse,
+    ]
+    """After a broken upload: whether the result is still wanted, and from which byte on."""
+
 class FederationAsyncStub:
     """What a client may ask of the coordinator."""
 
@@ -64,6 +70,12 @@ class FederationAsyncStub:
         choral.v1.federation_pb2.UploadResponse,
     ]
     """Send the result of an assignment: header, chunks, trailer. The answer is a receipt."""
+
+    ResumeUpload: grpc.aio.UnaryUnaryMultiCallable[
+        choral.v1.federation_pb2.ResumeUploadRequest,
+        choral.v1.federation_pb2.ResumeUploadResponse,
+    ]
+    """After a broken upload: whether the result is still wanted, and from which byte on."""
 
 class FederationServicer(metaclass=abc.ABCMeta):
     """What a client may ask of the coordinator."""
@@ -91,5 +103,13 @@ class FederationServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[choral.v1.federation_pb2.UploadResponse, collections.abc.Awaitable[choral.v1.federation_pb2.UploadResponse]]:
         """Send the result of an assignment: header, chunks, trailer. The answer is a receipt."""
+
+    @abc.abstractmethod
+    def ResumeUpload(
+        self,
+        request: choral.v1.federation_pb2.ResumeUploadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[choral.v1.federation_pb2.ResumeUploadResponse, collections.abc.Awaitable[choral.v1.federation_pb2.ResumeUploadResponse]]:
+        """After a broken upload: whether the result is still wanted, and from which byte on."""
 
 def add_FederationServicer_to_server(servicer: FederationServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
