@@ -1,0 +1,98 @@
+"""What the coordinator keeps: runs, versions, clients and events, as frozen values. Rounds are in `rounds`."""
+
+from __future__ import annotations
+
+import enum
+import secrets
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from choral.messages import VersionRef
+from choral.metrics import Metric
+
+from choral_server.objective import Progress
+from choral_server.rounds import Round
+
+
+class RunState(enum.Enum):
+    """Where a run stands."""
+
+    WAITING = "waiting"
+    IN_ROUND = "in round"
+    PAUSED = "paused"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+OVER = frozenset({RunState.FINISHED, RunState.STOPPED})
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run: how far it is, and why it stands where it stands. `next_round_at` is for readers of the moment and not kept."""
+
+    name: str
+    task: str
+    task_version: str
+    rounds_planned: int
+    started_at: datetime
+    state: RunState = RunState.WAITING
+    reason: str = ""
+    rounds_done: int = 0
+    next_round: int = 0
+    latest: int = 0
+    has_statistics: bool = False
+    paused: bool = False
+    abandoned: int = 0
+    """rounds abandoned in a row, the last ones"""
+    progress: Progress = Progress()
+    next_round_at: datetime | None = None
+    opened_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """A version: where it is (a path or a URL), and how good."""
+
+    run: str
+    version: VersionRef
+    checkpoint: str
+    published_at: datetime
+    test: tuple[Metric, ...] = ()
+    clients: tuple[Metric, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRecord:
+    """A client that has ever attended. `accepted` counts its results, `refused` those refused in a row, the last ones.
+
+    `quarantine` says why no result is asked or taken from it; empty: it is not quarantined. `attending` is not kept.
+    """
+
+    name: str
+    attending: bool
+    examples: int
+    software: str
+    address: str
+    heard_at: datetime
+    accepted: int = 0
+    reason: str = ""
+    refused: int = 0
+    quarantine: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    """Something that happened that an operator may want to look up: `what` in a word or two, `told` for the circumstances."""
+
+    at: datetime
+    what: str
+    told: str = ""
+    run: str = ""
+    round: int | None = None
+    client: str = ""
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+
+
+Record = RunRecord | Round | VersionRecord | ClientRecord | EventRecord
