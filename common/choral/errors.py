@@ -8,6 +8,9 @@
     ├── TrustError           a certificate or key cannot be used
     ├── Unreachable          nobody answers at the address                      (try again)
     ├── CorruptTransfer      bytes arrived damaged, out of order or incomplete   (try again)
+    ├── OutOfSpace           a disk is full                                      (try again)
+    ├── DatabaseGone         the database does not answer                        (try again)
+    ├── LeaseLost            another coordinator has taken over the database
     ├── Declined             this client will not do the assignment
     └── Refused              the coordinator said no
         ├── ProtocolMismatch     the two sides speak different versions
@@ -80,6 +83,27 @@ class CorruptTransfer(ChoralError):
 
     grpc_code = "DATA_LOSS"
     retryable = True
+
+
+class OutOfSpace(ChoralError):
+    """A disk is full, or cannot be written."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    retryable = True
+
+
+class DatabaseGone(ChoralError):
+    """The coordinator's database does not answer at present."""
+
+    grpc_code = "UNAVAILABLE"
+    retryable = True
+
+
+class LeaseLost(ChoralError):
+    """Another coordinator has taken over the database; this one must end."""
+
+    grpc_code = "UNAVAILABLE"
+    exit_code = 9
 
 
 class Declined(ChoralError):

@@ -35,11 +35,12 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The client is in."""
+    """The client is in. `notice` is for its owner to read."""
 
     run: str
     heartbeat_s: float
     version: VersionRef
+    notice: str = ""
 
 
 @dataclass(frozen=True, slots=True)

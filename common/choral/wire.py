@@ -227,7 +227,8 @@ def from_coordinator_to_pb(said: FromCoordinator) -> pb.AttendResponse:
     """To protobuf."""
     match said:
         case Welcome():
-            welcome = pb.Welcome(run=said.run, heartbeat_s=said.heartbeat_s, version=version_to_pb(said.version))
+            version = version_to_pb(said.version)
+            welcome = pb.Welcome(run=said.run, heartbeat_s=said.heartbeat_s, version=version, notice=said.notice)
             return pb.AttendResponse(welcome=welcome)
         case Assignment():
             version, plan = version_to_pb(said.version), plan_to_pb(said.plan)
@@ -245,7 +246,7 @@ def from_coordinator_from_pb(message: pb.AttendResponse) -> FromCoordinator:
     match message.WhichOneof("message"):
         case "welcome":
             w = message.welcome
-            return Welcome(w.run, w.heartbeat_s, version_from_pb(w.version))
+            return Welcome(w.run, w.heartbeat_s, version_from_pb(w.version), w.notice)
         case "assignment":
             a = message.assignment
             return Assignment(a.id, a.round, version_from_pb(a.version), plan_from_pb(a.plan))

@@ -29,10 +29,11 @@ has_server = find_spec("choral_server") is not None
 has_client = find_spec("choral_client") is not None
 
 if has_server:
-    from choral_deploy import operator_commands, server_commands
+    from choral_deploy import doctor_command, operator_commands, server_commands
 
     app.add_typer(server_commands.app, name="server")
     operator_commands.add_to(app)
+    app.command()(doctor_command.doctor)
 if has_client:
     from choral_deploy import client_commands
 

@@ -1,4 +1,4 @@
-"""`choral runs|rounds|clients|versions`: what operators see and do."""
+"""`choral runs|rounds|clients|versions|events`: what operators see and do."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def add_to(app: typer.Typer) -> None:
     """Offer the commands."""
     for name, group in {"runs": runs, "rounds": rounds, "clients": clients, "versions": versions}.items():
         app.add_typer(group, name=name)
+    app.command("events")(list_events)
 
 
 @runs.command("list")
@@ -113,9 +114,9 @@ def show(number: int, config: ConfigOption = _DEFAULT, run: RunOption = "", json
     """One round, client by client."""
     from choral.errors import ConfigError
 
-    found = [round for round in _call(config, "ListRounds", run=run, limit=2**31 - 1).rounds if round.number == number]
+    found = _call(config, "ListRounds", run=run, number=number).rounds
     if not found:
-        raise ConfigError(f"round {number} is unknown; `choral rounds list` shows those that are kept")
+        raise ConfigError(f"round {number} is unknown; `choral rounds list` shows those there are")
     columns = {
         "client": lambda part: part.client,
         "state": lambda part: part.state,
@@ -135,18 +136,63 @@ def trigger(config: ConfigOption = _DEFAULT) -> None:
 
 @clients.command("list")
 def list_clients(config: ConfigOption = _DEFAULT, json: JsonOption = False) -> None:
-    """Every client that has attended since the coordinator started."""
+    """Every client that has ever attended."""
     columns = {
         "client": lambda client: client.name,
         "attending": lambda client: "yes" if client.attending else "no",
         "examples": lambda client: client.examples,
         "accepted": lambda client: client.accepted,
+        "refused in a row": lambda client: client.refused,
+        "quarantine": lambda client: client.quarantine,
         "software": lambda client: client.software,
         "address": lambda client: client.address,
         "last heard": lambda client: _moment(client, "heard_at"),
         "reason": lambda client: client.reason,
     }
     _table(columns, _call(config, "ListClients").clients, json)
+
+
+@clients.command()
+def quarantine(
+    name: str,
+    config: ConfigOption = _DEFAULT,
+    reason: Annotated[str, typer.Option(help="Why; the client's owner is told.")] = "",
+) -> None:
+    """Ask and take no results from a client until it is released."""
+    client = _call(config, "QuarantineClient", client=name, reason=reason).client
+    typer.echo(f"client {client.name}: quarantined ({client.quarantine})")
+
+
+@clients.command()
+def release(name: str, config: ConfigOption = _DEFAULT) -> None:
+    """Let a quarantined client take part again."""
+    typer.echo(f"client {_call(config, 'ReleaseClient', client=name).client.name}: released")
+
+
+@versions.command("rollback")
+def roll_back(number: int, config: ConfigOption = _DEFAULT) -> None:
+    """Publish the weights and optimizer state of an earlier version as the newest; a round under way is abandoned."""
+    _say_run(_call(config, "RollBack", version=number).run)
+    typer.echo(f"going back to version {number}; `choral versions list` shows the new version that has its weights")
+
+
+def list_events(
+    config: ConfigOption = _DEFAULT,
+    run: Annotated[str, typer.Option("--run", help="Only of this run.")] = "",
+    client: Annotated[str, typer.Option("--client", help="Only of this client.")] = "",
+    limit: LimitOption = 20,
+    json: JsonOption = False,
+) -> None:
+    """What happened: results refused, clients quarantined, rounds abandoned, what operators did."""
+    columns = {
+        "at": lambda event: _moment(event, "at"),
+        "what": lambda event: event.what,
+        "run": lambda event: event.run,
+        "round": lambda event: event.round if event.HasField("round") else "",
+        "client": lambda event: event.client,
+        "told": lambda event: event.told,
+    }
+    _table(columns, _call(config, "ListEvents", run=run, client=client, limit=limit).events, json)
 
 
 @versions.command("list")

@@ -6,10 +6,15 @@ changes a bit of the result. The smallest step is 2^-46 of the weight cap.
 
 from __future__ import annotations
 
+import json
+import zlib
 from pathlib import Path
 
 import numpy as np
+from choral.durable import write_durably
 from numpy.typing import NDArray
+
+from choral_server.rounds import Part
 
 FRACTION_BITS = 46
 _BLOCK = 1 << 18  # elements converted at a time: the temporaries stay in the cache
@@ -21,16 +26,20 @@ def entry_bound(cohort_size: int) -> float:
 
 
 class WeightedSum:
-    """Σ rint(Δᵢ · min(nᵢ, cap)/cap · 2^46), exactly, for vectors of `size` float32 elements; nᵢ and `weight_cap` in examples."""
+    """Σ rint(Δᵢ · min(nᵢ, cap)/cap · 2^46), exactly, for vectors of `size` float32 elements; nᵢ and `weight_cap` in examples.
+
+    `contained` are the assignments whose updates are in it.
+    """
 
     def __init__(self, size: int, weight_cap: int) -> None:
         self._sum = np.zeros(size, dtype=np.int64)
         self._cap = weight_cap
         self._weight = 0
+        self.contained: frozenset[str] = frozenset()
 
-    def fold(self, path: Path, examples: int) -> None:
-        """Add the update in the file at `path` with a weight of `examples`."""
-        weight = min(examples, self._cap)
+    def fold(self, part: Part, path: Path) -> None:
+        """Add the update in the file at `path`, the accepted result of `part`."""
+        weight = min(part.examples, self._cap)
         scale = weight / self._cap * 2.0**FRACTION_BITS
         delta = np.fromfile(path, dtype="<f4")
         for start in range(0, delta.size, _BLOCK):
@@ -39,7 +48,26 @@ class WeightedSum:
             np.rint(block, out=block)
             self._sum[start : start + _BLOCK] += block.astype(np.int64)
         self._weight += weight
+        self.contained |= {part.assignment}
 
     def mean(self) -> NDArray[np.float64]:
         """The mean of what was folded, weighted by examples, `(size,)`."""
         return np.multiply(self._sum, self._cap / (self._weight * 2.0**FRACTION_BITS), dtype=np.float64)
+
+    def save(self, path: Path) -> None:
+        """Write the sum so that it is there, whole, when this returns: a line of JSON, then the integers, little-endian."""
+        content = self._sum.astype("<i8", copy=False).data.cast("B")
+        about = {"weight": self._weight, "cap": self._cap, "contained": sorted(self.contained), "crc32": zlib.crc32(content)}
+        write_durably(path, json.dumps(about).encode() + b"\n", content)
+
+    @classmethod
+    def load(cls, path: Path, size: int, weight_cap: int) -> WeightedSum:
+        """The sum as it was saved. Raises ValueError: the file is damaged, or of another model or weight cap."""
+        loaded = cls(size, weight_cap)
+        with path.open("rb") as file:
+            about = json.loads(file.readline())
+            found = np.fromfile(file, dtype="<i8")
+        if found.size != size or about["cap"] != weight_cap or zlib.crc32(found.data.cast("B")) != about["crc32"]:
+            raise ValueError(f"{path} is damaged, or not a sum of {size} elements with a weight cap of {weight_cap}")
+        loaded._sum, loaded._weight, loaded.contained = found.astype(np.int64, copy=False), about["weight"], frozenset(about["contained"])
+        return loaded

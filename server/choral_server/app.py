@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import secrets
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import grpc
@@ -22,14 +23,23 @@ from choral.wire import MESSAGE_BYTES
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from choral_server import failpoints
 from choral_server.admin import AdminService
+from choral_server.artifacts import Artifacts, open_artifacts
+from choral_server.checkpoints import Checkpoints
+from choral_server.collection import House
 from choral_server.config import ServerConfig, Tls
 from choral_server.coordinator import Coordinator
-from choral_server.intake import Spool
-from choral_server.run import further_run, open_run
+from choral_server.database import Database
+from choral_server.lease import Lease
+from choral_server.records import RunState
+from choral_server.run import Runs
 from choral_server.service import FederationService
 from choral_server.sessions import Sessions
-from choral_server.store import RunState, Store
+from choral_server.spool import Spool
+from choral_server.store import Store
+from choral_server.transfers import Transfers
+from choral_server.troubles import Troubles
 
 log = structlog.get_logger()
 FEDERATION = federation_pb2.DESCRIPTOR.services_by_name["Federation"].full_name
@@ -45,37 +55,69 @@ _OPTIONS = [
 async def serve(config: ServerConfig, ready: Callable[[HostPort], None] = lambda address: None) -> int:
     """Run the coordinator until SIGTERM or, if configured, until the run is over. Returns the exit code.
 
-    `ready` is called with the address in use once clients can come. Raises ConfigError, TaskError, DataError, AddressError or
-    TrustError.
+    `ready` is called with the address in use once clients can come. Raises ConfigError, TaskError, DataError, AddressError,
+    TrustError, or LeaseLost: another coordinator has taken over.
     """
+    failpoints.check()
     task = load_task(config.task)
     test_set = task.examples(config.evaluation.test_set) if config.evaluation.test_set is not None else None
     _check_objective(config.run.objective.metric, task)
-    store = _store(config.state)
-    run = open_run(config, task, test_set, store, datetime.now(UTC))
-    sessions = Sessions(task.name, task.version, run.model.manifest)
-    further = partial(further_run, config, task, test_set, store)
-    coordinator = Coordinator(
-        run, sessions, store, config.heartbeat_s, lambda rounds, parent: further(datetime.now(UTC), rounds, parent)
-    )
-    federation = FederationService(coordinator, sessions, Spool(config.state / "spool"), config.heartbeat_s)
-
-    server, address = await _listen(config, federation)
-    operators = await _listen_to_operators(config.admin_socket, AdminService(coordinator, store))
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _drain, coordinator, config.drain_s)
-    log.info("coordinator ready", address=str(address), run=run.record.name, task=task.name, tls=config.tls is not None)
-    ready(address)
-    try:
-        await _conduct(coordinator, config.exit_when_done)
-    finally:
-        await coordinator.dismiss(config.drain_s)
-        store.end_watches()
-        await asyncio.gather(server.stop(1.0), operators.stop(1.0))
-        config.admin_socket.unlink(missing_ok=True)
+    _lock(config.state)
+    troubles = Troubles()
+    artifacts = await open_artifacts(config.artifacts, config.state)
+    async with _stored(config, troubles) as (store, lease):
+        runs = Runs(config, task, test_set, store, _checkpoints(config, artifacts), troubles)
+        run = await runs.open(datetime.now(UTC))
+        sessions = Sessions(task.name, task.version, run.model.manifest)
+        transfers = Transfers()
+        house = House(store, sessions, transfers, troubles, config.spool_bytes, lambda: datetime.now(UTC))
+        spool = Spool(config.state / "spool", troubles)
+        coordinator = Coordinator(
+            run, house, spool, config.state, config.heartbeat_s, lambda rounds, parent: runs.further(house.clock(), rounds, parent)
+        )
+        federation = FederationService(coordinator, sessions, transfers, config.heartbeat_s)
+        server, address = await _listen(config, federation)
+        operators = await _listen_to_operators(config.admin_socket, AdminService(coordinator, store))
+        log.info("coordinator ready", address=str(address), run=run.record.name, task=task.name, tls=config.tls is not None)
+        ready(address)
+        try:
+            await _until_over(config, coordinator, lease)
+        finally:
+            await coordinator.dismiss(config.drain_s)
+            store.end_watches()
+            await asyncio.gather(server.stop(1.0), operators.stop(1.0))
+            config.admin_socket.unlink(missing_ok=True)
     log.info("coordinator ends", run=coordinator.run.record.name, state=coordinator.run.record.state.value)
     return 1 if coordinator.run.record.state is RunState.FAILED else 0
+
+
+async def _until_over(config: ServerConfig, coordinator: Coordinator, lease: Lease) -> None:
+    """Conduct runs until it is enough, or the lease is lost; told to end, leave a round that takes too long to the next start."""
+    conducting = asyncio.create_task(_conduct(coordinator, config.exit_when_done))
+    holding = asyncio.create_task(lease.renew_forever())
+    loop = asyncio.get_running_loop()
+
+    def drain() -> None:
+        patience_s = 0.0 if coordinator.draining else config.drain_s  # asked a second time, at once
+        log.info("draining", seconds=patience_s)
+        coordinator.drain()
+        loop.call_later(patience_s, conducting.cancel)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, drain)
+    try:
+        await asyncio.wait({conducting, holding}, return_when=asyncio.FIRST_COMPLETED)
+        if holding.done():
+            holding.result()  # raises LeaseLost
+        if conducting.cancelled():
+            log.info("round left to the next start", run=coordinator.run.record.name)
+        else:
+            conducting.result()
+    finally:
+        for task in (conducting, holding):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
 
 
 async def _conduct(coordinator: Coordinator, exit_when_done: bool) -> None:
@@ -86,11 +128,34 @@ async def _conduct(coordinator: Coordinator, exit_when_done: bool) -> None:
         await coordinator.rest()
 
 
-def _drain(coordinator: Coordinator, drain_s: float) -> None:
-    """Let the round under way end; asked a second time, abandon it at once."""
-    patience_s = 0.0 if coordinator.draining else drain_s
-    log.info("draining", seconds=patience_s)
-    coordinator.drain(patience_s)
+@asynccontextmanager
+async def _stored(config: ServerConfig, troubles: Troubles) -> AsyncIterator[tuple[Store, Lease]]:
+    """The database, which no other coordinator may use meanwhile, and what is in it."""
+    database = await Database.open(config.database_url, troubles)
+    try:
+        lease = await Lease.take(database, _holder(config.state), config.lease_s)
+        store = await Store.open(database, lease)
+        try:
+            yield store, lease
+        finally:
+            with suppress(TimeoutError):  # a database that is gone keeps nobody from ending
+                async with asyncio.timeout(config.drain_s):
+                    await store.flush()
+                    await lease.give_up()
+    finally:
+        await database.close()
+
+
+def _holder(folder: Path) -> str:
+    """The name under which this state folder holds the database: a coordinator that starts again is the same."""
+    path = folder / "holder"
+    if not path.exists():
+        path.write_text(f"{os.uname().nodename}-{secrets.token_hex(4)}", encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
+def _checkpoints(config: ServerConfig, artifacts: Artifacts) -> Callable[[str], Checkpoints]:
+    return lambda run: Checkpoints(artifacts, config.state, run, config.run.keep_versions)
 
 
 def _check_objective(metric: str, task: Task) -> None:
@@ -99,8 +164,8 @@ def _check_objective(metric: str, task: Task) -> None:
         raise ConfigError(f"run.objective.metric: {metric!r} is not measured by task {task.name}; it has {', '.join(known)}")
 
 
-def _store(folder: Path) -> Store:
-    """The store in the state folder, which no other coordinator may use: the lock lasts as long as this process."""
+def _lock(folder: Path) -> None:
+    """Take the state folder, which no other coordinator may use: the lock lasts as long as this process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -109,7 +174,6 @@ def _store(folder: Path) -> Store:
         raise ConfigError(f"state: {folder} is in use by another coordinator: stop it, or give another folder") from error
     except OSError as error:
         raise ConfigError(f"state: {folder} cannot be used ({error.strerror}): give a folder that this user may write") from error
-    return Store(folder)
 
 
 async def _listen(config: ServerConfig, federation: FederationService) -> tuple[grpc.aio.Server, HostPort]:

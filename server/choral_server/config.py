@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from choral_server.objective import Objective
 from choral_server.schedule import Schedule
+from choral_server.strategies import ServerOptimizer
 
 FilePath = Annotated[Path, Field(strict=False)]
 Seconds = Annotated[float, Field(gt=0, le=31_536_000, allow_inf_nan=False)]
@@ -66,7 +67,17 @@ class RunSettings(Settings):
     over_selection: Annotated[float, Field(ge=0, le=10)] = 0.0
     """share by which more clients are asked than results are wanted, for example 0.3"""
     deadline_s: Seconds = 600.0
-    """seconds after which a round closes with what it has"""
+    """seconds after which a round closes with what it has, apart from transfers that advance"""
+    extension_s: Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False)] | None = None
+    """by how many seconds transfers that advance can move the deadline at most; by deadline_s, if not given"""
+    stall_s: Seconds = 30.0
+    """seconds without a byte after which a transfer stands still: an upload is cut off then, and the client goes on where it broke"""
+    absence_s: Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False)] = 10.0
+    """seconds for which a client may be away from its part before another takes it, while half of the deadline has not passed"""
+    max_update_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """largest Euclidean norm of an update that is accepted; any, if not given"""
+    quarantine_after: Annotated[int, Field(ge=1)] | None = 3
+    """results refused in a row after which a client is quarantined until an operator releases it; null: never"""
     weight_cap: Annotated[int, Field(ge=1, le=2**40)] = 2**20
     """examples at which a client's weight is capped"""
     max_abandoned: Annotated[int, Field(ge=1)] = 10
@@ -77,6 +88,8 @@ class RunSettings(Settings):
     """how many of the newest versions stay on disk, besides the best; all, if not given"""
     schedule: Schedule = Schedule()
     """when rounds open; as soon as a quorum attends, if not given"""
+    strategy: ServerOptimizer = ServerOptimizer()
+    """how the mean of the updates becomes the next model"""
     training: TrainingChanges = TrainingChanges()
     """changes to the task's hyper-parameters"""
     objective: Objective = Objective()
@@ -113,7 +126,15 @@ class ServerConfig(Settings):
     plaintext: bool = False
     """serve without TLS; allowed on loopback addresses only"""
     state: FilePath
-    """folder for versions, uploads under way and the operators' socket"""
+    """folder for the database, versions, uploads under way and the operators' socket"""
+    database: str | None = None
+    """URL of the database: postgresql://user@host/name, sqlite:///path or sqlite:// (in memory: nothing survives); choral.db in the state folder, if not given"""
+    lease_s: Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False)] = 30.0
+    """seconds after which another coordinator may take over the database from one that is silent"""
+    artifacts: str | None = None
+    """URL of the object store for versions, s3://bucket/prefix; the state folder, if not given"""
+    spool_bytes: Annotated[int, Field(ge=0)] = 2**30
+    """bytes of updates kept on disk after they were added, before the sum itself is written and they are deleted"""
     task: str
     """module:attribute of the task"""
     run: RunSettings
@@ -145,6 +166,11 @@ class ServerConfig(Settings):
         return self
 
     @property
+    def database_url(self) -> str:
+        """The database in force."""
+        return self.database if self.database is not None else f"sqlite:///{(self.state / 'choral.db').resolve()}"
+
+    @property
     def admin_socket(self) -> Path:
         """Where operators are served."""
         return self.state / "admin.sock"
@@ -157,4 +183,8 @@ def load(path: Path) -> ServerConfig:
     tls = config.tls and Tls(certificate=home / config.tls.certificate, key=home / config.tls.key)
     test_set = config.evaluation.test_set and home / config.evaluation.test_set
     evaluation = config.evaluation.model_copy(update={"test_set": test_set})
-    return config.model_copy(update={"tls": tls, "state": home / config.state, "evaluation": evaluation})
+    database = config.database
+    if database is not None and (relative := database.removeprefix("sqlite:///")) not in (database, ""):
+        database = f"sqlite:///{home / relative}"
+    changes = {"tls": tls, "state": home / config.state, "evaluation": evaluation, "database": database}
+    return config.model_copy(update=changes)

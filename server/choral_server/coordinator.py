@@ -1,55 +1,34 @@
-"""The coordinator: conducts the run and shells around the pure round: timers, storage, announcements, aggregation."""
+"""The coordinator: conducts the run – when a round opens, who is asked, what a round gives – and obeys its operators."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import structlog
-from choral.errors import UpdateRefused, WrongState
-from choral.messages import Assignment, Cancel, ComeBack, NewVersion, Phase, Receipt, Status, UploadHeader, Verdict, Welcome
-from choral.plan import Kind, Plan, seed_for
+from choral.errors import ChoralError, UpdateRefused, WrongState
+from choral.messages import ComeBack, NewVersion
+from choral.plan import Kind
 
-from choral_server import cohort
-from choral_server.aggregate import WeightedSum
-from choral_server.intake import check_header, payload_bytes
-from choral_server.offload import offload
-from choral_server.rounds import (
-    OPEN_PARTS,
-    Action,
-    Announce,
-    Answer,
-    Arrived,
-    DeadlinePassed,
-    Event,
-    Fold,
-    Left,
-    Part,
-    PartState,
-    Rejected,
-    Reported,
-    Returned,
-    Round,
-    RoundState,
-    Stopped,
-    Upload,
-    Withdraw,
-    receipt_after,
-    step,
-)
-from choral_server.run import Aggregate, Run
+from choral_server import cohort, disk
+from choral_server.attendance import Attendance
+from choral_server.collection import Collection, House, assignment_id
+from choral_server.diagnosis import Condition
+from choral_server.failpoints import Transition
+from choral_server.intake import payload_bytes
+from choral_server.records import EventRecord, RunState
+from choral_server.rounds import Part, PartState, Round, RoundState, discarded
+from choral_server.run import Run
 from choral_server.schedule import next_due
-from choral_server.sessions import Session, Sessions
-from choral_server.statistics_sum import StatisticsSum
-from choral_server.store import ClientRecord, RunState, Store
+from choral_server.spool import DISK, Spool
+from choral_server.standing import consequences
 
 log = structlog.get_logger()
 RESTART_S = 2.0  # when clients come back after a coordinator that was told to end
+_LOOK_AGAIN_S = 2.0  # how often a full disk is looked at
 
 
 class Coordinator:
@@ -61,64 +40,97 @@ class Coordinator:
     def __init__(
         self,
         run: Run,
-        sessions: Sessions,
-        store: Store,
+        house: House,
+        spool: Spool,
+        state: Path,
         heartbeat_s: float,
-        open_next: Callable[[int, Run | None], Run],
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        open_next: Callable[[int, Run | None], Awaitable[Run]],
     ) -> None:
         self.run = run
-        self._sessions = sessions
-        self._store = store
-        self._heartbeat_s = heartbeat_s
+        self.attendance = Attendance(house, heartbeat_s, self.wake)
+        self._house = house
+        self._spool = spool
+        self._state = state
         self._open_next = open_next
-        self._clock = clock
-        self._inbox: asyncio.Queue[Event] = asyncio.Queue()
-        self._round: Round | None = None
-        self._receipts: dict[Path, asyncio.Future[Receipt]] = {}
-        self._wake = asyncio.Event()
+        self._awake = asyncio.Event()
         self._triggered = False
         self.draining = False
-        self._abandoned = 0
         self._retry_at: datetime | None = None
+        self._back_to: int | None = None
+        house.troubles.on_change = self.wake
 
     # The run
 
     async def conduct(self) -> None:
         """Open rounds as they become due until the run is over or cannot go on, or the coordinator drains."""
-        while self.run.active and not self.draining and (kind := self.run.next_kind()) is not None:
-            if await self._due(kind):
-                self._count_abandoned(await self.run_round(kind))
-        if self.run.active and self.run.next_kind() is None:
-            self.run.save(state=RunState.FINISHED, reason=self.run.outcome(), next_round_at=None)
-        if not self.run.active:
-            log.info("run over", run=self.run.record.name, state=self.run.record.state.value, reason=self.run.record.reason)
+        run = self.run
+        await self._take_up(run)
+        while self._goes_on(run) and (kind := run.next_kind()) is not None:
+            if self._back_to is not None:
+                await self._roll_back(run)
+            elif await self._due(kind):
+                await self._count_abandoned(run, await self.run_round(run, await self._open(run, kind)))
+        if self._goes_on(run):
+            await run.save(at=Transition.RUN_OVER, state=RunState.FINISHED, reason=run.outcome(), next_round_at=None)
+        if not run.active:
+            log.info("run over", run=run.record.name, state=run.record.state.value, reason=run.record.reason)
 
     async def rest(self) -> None:
         """After a run: wait until an operator starts another or resumes it, or the coordinator drains."""
         while not self.run.active and not self.draining:
-            self._wake.clear()
-            await self._wake.wait()
+            self._awake.clear()
+            await self._awake.wait()
+
+    def wake(self) -> None:
+        """Something has changed that may let the run go on."""
+        self._awake.set()
+
+    def _goes_on(self, run: Run) -> bool:
+        return run.active and not self.draining
+
+    async def _take_up(self, run: Run) -> None:
+        """Go on where an earlier process was: with its round, if one was under way, and with what was left to measure."""
+        unfinished = await self._house.store.unfinished(run.record.name)
+        self._spool.keep_only(unfinished)
+        if unfinished is None:
+            if run.record.latest > 0:
+                await self._measure(run)  # the earlier process may not have got round to it
+        elif not run.active:
+            await self._give_up(run, unfinished, run.record.reason)
+        else:
+            log.info("round taken up", run=run.record.name, round=unfinished.number, state=unfinished.state.value)
+            await run.save(state=RunState.IN_ROUND, reason="")
+            collection = self._collection(run, unfinished)
+            try:
+                await collection.restore()
+            except UpdateRefused as error:
+                await self._count_abandoned(run, await self._give_up(run, unfinished, str(error)))
+            else:
+                await self._count_abandoned(run, await self.run_round(run, collection))
 
     async def _due(self, kind: Kind) -> bool:
-        """Wait until a round may open; False: none will."""
-        while self.run.active and not self.draining:
-            self._wake.clear()
+        """Wait until a round may open; False: none will, or something else comes first."""
+        while self.run.active and not self.draining and self._back_to is None:
+            self._awake.clear()
             why, until = self._hindrance(kind)
             if why is None:
                 return True
-            self.run.save(state=RunState.PAUSED if self.run.record.paused else RunState.WAITING, reason=why, next_round_at=until)
-            wait_s = max(0.0, (until - self._clock()).total_seconds()) if until is not None else None
+            paused = self.run.record.paused
+            await self.run.save(state=RunState.PAUSED if paused else RunState.WAITING, reason=why, next_round_at=until)
+            wait_s = max(0.0, (until - self._house.clock()).total_seconds()) if until is not None else None
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
-                    await self._wake.wait()
+                    await self._awake.wait()
         return False
 
     def _hindrance(self, kind: Kind) -> tuple[str | None, datetime | None]:
-        """Why no round of this kind can open now, and until when if time alone removes it."""
-        settings, record, now = self.run.settings, self.run.record, self._clock()
+        """Why no round of this kind can open now, and until when if time alone may remove it."""
+        settings, record, now = self.run.settings, self.run.record, self._house.clock()
         if record.paused:
             return "paused by an operator", None
+        self._look_at_disk()
+        if troubles := self._house.troubles.present:
+            return "; ".join(f"{subject}: {reason}" for subject, reason in troubles.items()), now + timedelta(seconds=_LOOK_AGAIN_S)
         if kind is Kind.EVALUATION:
             return None, None  # whoever is here measures the last version
         if self._retry_at is not None and now < self._retry_at:
@@ -127,59 +139,66 @@ class Coordinator:
             due = next_due(settings.schedule, record.opened_at, record.started_at)
             if now < due:
                 return "the schedule opens the next round later", due
-        needed = max(settings.needed, settings.start_with or 0) if record.next_round == 0 else settings.needed
-        present = len(self._sessions)
-        return (f"waiting for clients: {present} of {needed} attend", None) if present < needed else (None, None)
+        needed, present = self._needed(), len(self._house.eligible())
+        if present >= needed:
+            return None, None
+        quarantined = len(self._house.sessions) - present
+        others = f", and {quarantined} quarantined" if quarantined else ""
+        return f"waiting for clients: {present} of {needed} attend{others}", None
 
-    def _count_abandoned(self, closed: Round) -> None:
-        mine = closed.run == self.run.record.name and self.run.active
-        if closed.state is RoundState.DONE or closed.kind is Kind.EVALUATION or not mine or self.draining:
-            self._abandoned, self._retry_at = 0, None
+    def _needed(self) -> int:
+        """How many eligible clients must attend before a round opens."""
+        settings = self.run.settings
+        return max(settings.needed, settings.start_with or 0) if self.run.record.next_round == 0 else settings.needed
+
+    def _look_at_disk(self) -> None:
+        settings, model = self.run.settings, self.run.model
+        upload = payload_bytes(Kind.TRAINING, model.manifest.size, model.features)
+        asked = cohort.selected(settings.cohort_size, settings.over_selection)
+        needed = disk.needed_bytes(asked, upload, self._house.spool_bytes, self.run.version.size_bytes)
+        if (reason := disk.shortage(self._state, needed)) is not None:
+            self._house.troubles.found(DISK, reason)
+        else:
+            self._house.troubles.over(DISK)
+
+    async def _count_abandoned(self, run: Run, closed: Round) -> None:
+        if closed.state is RoundState.DONE or closed.kind is Kind.EVALUATION or not self._goes_on(run) or self._back_to is not None:
+            self._retry_at = None
+            if run.record.abandoned:
+                await run.save(abandoned=0)
             return
-        self._abandoned += 1
-        self._retry_at = self._clock() + timedelta(seconds=self.run.settings.retry_s)
-        if self._abandoned >= self.run.settings.max_abandoned:
-            reason = f"{self._abandoned} rounds in a row were abandoned, the last because {closed.reason}; mend that, then resume"
-            self.run.save(state=RunState.FAILED, reason=reason, next_round_at=None)
+        abandoned = run.record.abandoned + 1
+        self._retry_at = self._house.clock() + timedelta(seconds=run.settings.retry_s)
+        if abandoned < run.settings.max_abandoned:
+            await run.save(abandoned=abandoned)
+            return
+        reason = f"{abandoned} rounds in a row were abandoned, the last because {closed.reason}; mend that, then resume"
+        await run.save(at=Transition.RUN_OVER, abandoned=abandoned, state=RunState.FAILED, reason=reason, next_round_at=None)
 
     # A round
 
-    async def run_round(self, kind: Kind) -> Round:
-        """Announce one round, take what comes until it closes, and publish what it gives."""
-        run = self.run  # an operator may stop it and start another while this round ends
-        began = time.monotonic()
-        current = self._open(run, kind)
-        aggregate = run.aggregate(kind)
-        for part in current.parts.values():
-            self._sessions.say(part.client, _assignment(run, current, part))
-        deadline_s = run.settings.deadline_s
-        timer = asyncio.get_running_loop().call_later(deadline_s, self._inbox.put_nowait, DeadlinePassed(deadline_s))
-        while current.state is RoundState.OPEN or not self._inbox.empty():  # what arrived with the last result is answered too
-            current, actions = step(current, await self._inbox.get())
-            self._move(current)
-            for action in actions:
-                await self._act(run, current, action, aggregate)
-        timer.cancel()
-        run.measured_by_clients(current)
-        made = None
-        if current.state is RoundState.DONE and aggregate is not None:
-            made = await offload(run.version.size_bytes, run.make_version, aggregate)
-            run.publish(made, kind, self._clock())
-        closed = replace(current, duration_s=time.monotonic() - began)
-        self._move(closed)
+    async def run_round(self, run: Run, collection: Collection) -> Round:
+        """Collect one round, publish what it gives, and measure that."""
+        self.attendance.collection = collection
+        if not collection.round.parts:
+            collection.stop("nobody attends")
+        closed = collection.round
+        if closed.state is RoundState.OPEN:
+            closed = await collection.collect()
+        if closed.state is RoundState.CLOSED:
+            closed = await run.settle(collection.timed(), collection.aggregate, self._house.clock())
+        collection.round = closed
+        collection.spool.clear()
         _log_round(run, closed)
-        if made is not None:
-            self._sessions.say_all(NewVersion(made))
-            if run.has_test_set:
-                measured = await asyncio.to_thread(run.measure)
-                run.measured("test", made.number, measured)
-                log.info("measured", version=made.number, on="test", **{m.name: round(m.value, 4) for m in measured})
+        if closed.state is RoundState.DONE and collection.aggregate is not None:
+            self._house.sessions.say_all(NewVersion(run.version))
+        await self._measure(run)
         return closed
 
-    def _open(self, run: Run, kind: Kind) -> Round:
+    async def _open(self, run: Run, kind: Kind) -> Collection:
         """Choose the cohort and store the round, before anyone hears of it."""
-        settings, record, now = run.settings, run.record, self._clock()
-        number, present, goal, quorum = record.next_round, self._sessions.present(), settings.cohort_size, settings.needed
+        settings, record, now = run.settings, run.record, self._house.clock()
+        number, present, goal, quorum = record.next_round, self._house.eligible(), settings.cohort_size, settings.needed
         if kind is Kind.TRAINING:
             size = cohort.selected(settings.cohort_size, settings.over_selection)
             self._triggered = False
@@ -187,7 +206,7 @@ class Coordinator:
             size = goal = len(present)
             quorum = quorum if kind is Kind.STATISTICS else 1
         chosen = cohort.choose(settings.seed, number, present, size)
-        parts = {f"{record.name}/{number}/{client}": client for client in chosen}
+        parts = {assignment_id(record.name, number, client): client for client in chosen}
         opened = Round(
             run=record.name,
             number=number,
@@ -198,189 +217,141 @@ class Coordinator:
             parts={assignment: Part(assignment, client) for assignment, client in parts.items()},
             opened_at=now,
         )
-        self._inbox = asyncio.Queue()
-        if not parts:
-            self._inbox.put_nowait(Stopped("nobody attends"))
         opened_at = now if kind is Kind.TRAINING else record.opened_at
-        run.save(state=RunState.IN_ROUND, reason="", next_round=number + 1, next_round_at=None, opened_at=opened_at)
-        self._move(opened)
-        return opened
+        await run.save(
+            at=Transition.ROUND_OPENED,
+            others=(opened,),
+            state=RunState.IN_ROUND,
+            reason="",
+            next_round=number + 1,
+            next_round_at=None,
+            opened_at=opened_at,
+        )
+        return self._collection(run, opened)
 
-    def _move(self, round: Round) -> None:
-        self._round = round
-        self._store.save(round)
+    def _collection(self, run: Run, round: Round) -> Collection:
+        return Collection(run, round, self._spool.of(round.run, round.number), self._house)
 
-    async def _act(self, run: Run, current: Round, action: Action, aggregate: Aggregate) -> None:
-        match action:
-            case Announce(part):
-                self._sessions.say(part.client, _assignment(run, current, part))
-            case Withdraw(part):
-                self._sessions.say(part.client, Cancel(part.assignment, part.reason))
-            case Answer(upload, receipt):
-                self._answer(upload, receipt)
-            case Fold(upload):
-                if isinstance(aggregate, WeightedSum):
-                    await offload(run.version.size_bytes, aggregate.fold, upload.path, upload.examples)
-                elif isinstance(aggregate, StatisticsSum):
-                    aggregate.fold(upload.path, upload.client)
-                upload.path.unlink()
+    async def _give_up(self, run: Run, unfinished: Round, reason: str) -> Round:
+        given_up = discarded(unfinished, reason)
+        others = consequences(given_up, (), self._house.store.clients, None, self._house.clock())
+        await self._house.store.commit(given_up, *others, at=Transition.ROUND_CLOSED)
+        self._spool.of(unfinished.run, unfinished.number).clear()
+        _log_round(run, given_up)
+        return given_up
 
-    def _answer(self, upload: Upload, receipt: Receipt) -> None:
-        if receipt.verdict is Verdict.ACCEPTED:
-            client = self._store.clients[upload.client]
-            self._store.save(replace(client, accepted=client.accepted + 1))
-        else:
-            log.warning("upload not counted", client=upload.client, verdict=receipt.verdict.value, reason=receipt.reason)
-            upload.path.unlink()
-        waiting = self._receipts.pop(upload.path, None)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(receipt)
+    async def _measure(self, run: Run) -> None:
+        if measured := await run.measure():
+            log.info("measured", version=run.version.number, on="test", **{m.name: round(m.value, 4) for m in measured})
 
-    # What clients do
-
-    def joined(self, session: Session) -> Welcome:
-        """A client attends."""
-        before = self._store.clients.get(session.client)
-        accepted = before.accepted if before is not None else 0
-        now = self._clock()
-        self._store.save(ClientRecord(session.client, True, session.examples, session.software, session.address, now, accepted))
-        log.info("client attends", client=session.client, address=session.address, examples=session.examples)
-        self._inbox.put_nowait(Returned(session.client))
-        self._wake.set()
-        return Welcome(self.run.record.name, self._heartbeat_s, self.run.version)
-
-    def left(self, session: Session, reason: str) -> None:
-        """A client's stream ended."""
-        client = self._store.clients[session.client]
-        self._store.save(replace(client, attending=False, heard_at=self._clock(), reason=reason))
-        log.info("client left", client=session.client, reason=reason)
-        self._inbox.put_nowait(Left(session.client))
-        self._wake.set()
-
-    def reported(self, session: Session, status: Status) -> None:
-        """A client says how its assignment goes."""
-        if status.phase is Phase.DECLINED:
-            log.warning("client declines", client=session.client, assignment=status.assignment, reason=status.reason)
-        part = self._round.parts.get(status.assignment) if self._round is not None else None
-        if part is not None and part.client == session.client:
-            self._inbox.put_nowait(Reported(status.assignment, status.phase, status.reason))
-
-    def heard(self, session: Session) -> None:
-        """A client says that it is alive."""
-        client = self._store.clients[session.client]
-        self._store.clients[session.client] = replace(client, heard_at=self._clock())
-
-    def expects(self, header: UploadHeader) -> Receipt | None:
-        """Whether to take the bytes of an upload: None, or the receipt that it gets instead. Raises UpdateRefused."""
-        current = self._round
-        if current is None or header.assignment not in current.parts:
-            return self._too_late(header)
-        part = current.parts[header.assignment]
-        if part.client != header.client:
-            raise UpdateRefused(f"assignment {header.assignment} was given to {part.client}, not to {header.client}")
-        if part.state not in OPEN_PARTS:
-            return receipt_after(part)
+    async def _roll_back(self, run: Run) -> None:
+        number, self._back_to = self._back_to, None
+        assert number is not None, "nobody asked for it"
         try:
-            check_header(header, current.kind, payload_bytes(current.kind, self.run.model.manifest.size, self.run.model.features))
-        except UpdateRefused as error:
-            self.reject(header, str(error))
-            raise
-        return None
-
-    async def submit(self, upload: Upload) -> Receipt:
-        """Offer an admissible result to the round under way; its receipt says what became of it."""
-        if self._round is None or self._round.state is not RoundState.OPEN or upload.assignment not in self._round.parts:
-            upload.path.unlink()
-            return Receipt(Verdict.LATE, "the round has closed")
-        receipt: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
-        self._receipts[upload.path] = receipt
-        self._inbox.put_nowait(Arrived(upload))
-        return await receipt
-
-    def reject(self, header: UploadHeader, reason: str) -> None:
-        """A result of the round under way cannot count."""
-        log.warning("upload refused", client=header.client, assignment=header.assignment, reason=reason)
-        self._inbox.put_nowait(Rejected(header.assignment, reason))
-
-    def _too_late(self, header: UploadHeader) -> Receipt:
-        for closed in reversed(self._store.rounds.values()):
-            part = closed.parts.get(header.assignment)
-            if part is not None and part.client == header.client:
-                return receipt_after(part)
-        raise UpdateRefused(f"assignment {header.assignment} is unknown: nobody was asked for it since this coordinator started")
+            await run.roll_back(number, self._house.clock())
+        except ChoralError as error:
+            log.warning("not rolled back", reason=str(error))
+            return
+        log.info("rolled back", to=number, version=run.version.number)
+        self._house.sessions.say_all(NewVersion(run.version))
+        await self._measure(run)
 
     # What operators do
 
-    def pause(self) -> None:
+    async def pause(self) -> None:
         """Open no further round until resumed; one under way ends normally. Raises WrongState."""
         self._must_not_be_over("paused")
         in_round = self.run.record.state is RunState.IN_ROUND
-        self.run.save(paused=True, reason="pauses when this round ends" if in_round else self.run.record.reason)
-        self._wake.set()
+        reason = "pauses when this round ends" if in_round else self.run.record.reason
+        await self.run.save(paused=True, reason=reason, others=self._noted("run paused"))
+        self.wake()
 
-    def resume(self) -> None:
+    async def resume(self) -> None:
         """Go on after a pause or a failure. Raises WrongState."""
         self._must_not_be_over("resumed")
         record = self.run.record
         if not record.paused and record.state is not RunState.FAILED:
             raise WrongState(f"run {record.name} is neither paused nor failed; there is nothing to resume")
-        self._abandoned, self._retry_at = 0, None
-        self.run.save(paused=False, state=RunState.IN_ROUND if record.state is RunState.IN_ROUND else RunState.WAITING, reason="")
-        self._wake.set()
+        self._retry_at = None
+        state = RunState.IN_ROUND if record.state is RunState.IN_ROUND else RunState.WAITING
+        await self.run.save(paused=False, abandoned=0, state=state, reason="", others=self._noted("run resumed"))
+        self.wake()
 
-    def trigger(self) -> None:
+    async def trigger(self) -> None:
         """Let the next round open now, whatever the schedule says. Raises WrongState."""
         self._must_not_be_over("given a round")
         if self.run.record.paused or self.run.record.state is RunState.FAILED:
             raise WrongState(f"run {self.run.record.name} is {self.run.record.state.value}; resume it first")
         self._triggered = True
-        self._wake.set()
+        self.wake()
 
-    def stop(self, reason: str = "stopped by an operator") -> None:
+    async def stop(self, reason: str = "stopped by an operator") -> None:
         """End the run; a round under way is abandoned. Raises WrongState."""
         self._must_not_be_over("stopped")
-        self.run.save(state=RunState.STOPPED, reason=reason, next_round_at=None)
-        self._inbox.put_nowait(Stopped(reason))
-        self._wake.set()
+        await self.run.save(
+            at=Transition.RUN_OVER, state=RunState.STOPPED, reason=reason, next_round_at=None, others=self._noted("run stopped")
+        )
+        self._stop_round(reason)
+        self.wake()
 
-    def start(self, rounds: int, from_latest: bool) -> None:
+    async def start(self, rounds: int, from_latest: bool) -> None:
         """Begin a further run once the present one is over. Raises WrongState."""
         if not self.run.over:
             raise WrongState(f"run {self.run.record.name} is {self.run.record.state.value}; stop it before starting another")
-        self.run = self._open_next(rounds, self.run if from_latest else None)
-        self._abandoned, self._retry_at = 0, None
-        self._sessions.say_all(NewVersion(self.run.version))
-        self._wake.set()
+        self.run = await self._open_next(rounds, self.run if from_latest else None)
+        self._retry_at = None
+        self._house.sessions.say_all(NewVersion(self.run.version))
+        self.wake()
 
-    def drain(self, drain_s: float) -> None:
-        """Open no further round, give the one under way `drain_s` seconds, then abandon it and send everyone away."""
+    async def roll_back(self, number: int) -> None:
+        """Publish an earlier version as the newest; a round under way is abandoned. Raises WrongState, or that it is not kept."""
+        self._must_not_be_over("rolled back")
+        if self.run.record.state is RunState.FAILED:
+            raise WrongState(f"run {self.run.record.name} is failed; resume it first")
+        await self.run.checkpoints.fetch(number)
+        self._back_to = number
+        self._stop_round(f"an operator went back to version {number}")
+        self.wake()
+
+    def drain(self) -> None:
+        """Open no further round. One under way goes on; whoever cancels `conduct` leaves it to the next start."""
         self.draining = True
-        self._wake.set()
-        if self._round is not None and self._round.state is RoundState.OPEN:
-            loop = asyncio.get_running_loop()
-            loop.call_later(drain_s, self._inbox.put_nowait, Stopped("the coordinator was told to end"))
+        self.wake()
 
     async def dismiss(self, patience_s: float) -> None:
         """Send everyone away, for good unless the coordinator was told to end; wait at most `patience_s` until they are gone."""
         farewell = ComeBack(None, self.run.record.reason) if not self.draining else ComeBack(RESTART_S, "the coordinator restarts")
-        self._sessions.say_all(farewell)
+        self._house.sessions.say_all(farewell)
         try:
             async with asyncio.timeout(patience_s):
-                await self._sessions.emptied()
+                await self._house.sessions.emptied()
         except TimeoutError:
-            log.warning("clients still here at the end", clients=self._sessions.present())
+            log.warning("clients still here at the end", clients=self._house.sessions.present())
+
+    @property
+    def troubles(self) -> Mapping[str, str]:
+        """What keeps the coordinator from going on, by subject."""
+        return self._house.troubles.present
+
+    def condition(self) -> Condition:
+        """How things stand, for a diagnosis."""
+        self._look_at_disk()
+        collection, house = self.attendance.collection, self._house
+        current = collection.round if collection is not None else None
+        return Condition(
+            self.run.record, current, house.store.clients, house.sessions.present(), self._needed(), house.troubles.present
+        )
+
+    def _stop_round(self, reason: str) -> None:
+        if self.attendance.collection is not None:
+            self.attendance.collection.stop(reason)
+
+    def _noted(self, what: str) -> tuple[EventRecord]:
+        return (EventRecord(self._house.clock(), what, run=self.run.record.name),)
 
     def _must_not_be_over(self, what: str) -> None:
         if self.run.over:
             raise WrongState(f"run {self.run.record.name} is {self.run.record.state.value} and cannot be {what}; start another")
-
-
-def _assignment(run: Run, current: Round, part: Part) -> Assignment:
-    """What one client is asked to do."""
-    seed = seed_for(run.settings.seed, current.version, part.client)
-    evaluate = current.kind is not Kind.STATISTICS and run.clients_measure
-    plan = Plan(current.kind, run.record.task, run.record.task_version, run.training, seed, evaluate)
-    return Assignment(part.assignment, current.number, run.version, plan)
 
 
 def _log_round(run: Run, closed: Round) -> None:

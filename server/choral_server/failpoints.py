@@ -21,7 +21,7 @@ class Transition(enum.Enum):
 
     RUN_BEGUN = "run-begun"
     ROUND_OPENED = "round-opened"
-    PARTS_ENDED = "parts-ended"
+    PARTS_CHANGED = "parts-changed"
     ROUND_CLOSED = "round-closed"
     VERSION_PUBLISHED = "version-published"
     VERSION_MEASURED = "version-measured"

@@ -1,13 +1,13 @@
-"""Uploads: checked against what was asked for, spooled to disk, then admitted or refused with the reason."""
+"""Admission: what is checked of an upload before it may count."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from choral.errors import CorruptTransfer, InvalidMessage, UpdateRefused
+from choral.errors import InvalidMessage, UpdateRefused
 from choral.messages import UploadHeader
 from choral.plan import Kind
 from choral.statistics import Moments
@@ -17,6 +17,15 @@ from choral_server.aggregate import entry_bound
 MAX_EXAMPLES = 2**40
 _LARGEST_FEATURE = 1e30  # the model keeps means and deviations as float32, which ends at 3e38
 _BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a payload is held against: `cohort_size` results may be added, statistics have `features`, an update's norm is bounded."""
+
+    cohort_size: int
+    features: int | None = None
+    max_norm: float | None = None
 
 
 def payload_bytes(kind: Kind, model_size: int, features: int | None) -> int:
@@ -37,12 +46,18 @@ def check_header(header: UploadHeader, kind: Kind, expected_bytes: int) -> None:
             raise UpdateRefused(f"{header.client} measured {metric.name} on {metric.examples} examples; at least 1 is needed")
 
 
-def check_payload(header: UploadHeader, path: Path, cohort_size: int, features: int | None) -> None:
+def digest_of(path: Path) -> bytes:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def check_payload(header: UploadHeader, path: Path, bounds: Bounds) -> None:
     """Refuse what must not be aggregated. Raises UpdateRefused: not finite, out of bounds, or no valid statistics."""
     if header.kind is Kind.TRAINING:
-        _check_delta(header.client, path, entry_bound(cohort_size))
+        _check_delta(header.client, path, bounds)
     elif header.kind is Kind.STATISTICS:
-        _check_statistics(header.client, path, features)
+        _check_statistics(header.client, path, bounds.features)
 
 
 def _check_statistics(client: str, path: Path, features: int | None) -> None:
@@ -57,36 +72,19 @@ def _check_statistics(client: str, path: Path, features: int | None) -> None:
         raise UpdateRefused(f"{client} sends a mean or deviation of {largest:g}; at most {_LARGEST_FEATURE:g} is allowed")
 
 
-def _check_delta(client: str, path: Path, bound: float) -> None:
+def _check_delta(client: str, path: Path, bounds: Bounds) -> None:
     delta = np.memmap(path, dtype="<f4", mode="r")
+    bound, square = entry_bound(bounds.cohort_size), 0.0
     for start in range(0, delta.size, _BLOCK):
-        largest = np.abs(delta[start : start + _BLOCK]).max()
+        block = delta[start : start + _BLOCK]
+        largest = np.abs(block).max()
         if not largest <= bound:  # also true for NaN
             what = "an infinite or undefined number" if not np.isfinite(largest) else f"{largest:g}, over the bound of {bound:g}"
             raise UpdateRefused(f"the update of {client} holds {what}: lower the learning rate, or look at its data")
-
-
-class Spool:
-    """A folder for uploads under way: each is written to a file of its own, and removed when it has been used or refused."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for orphan in folder.glob("*.upload"):
-            orphan.unlink()
-        self._folder = folder
-        self._numbers = itertools.count()
-
-    async def store(self, announced_bytes: int, pieces: AsyncIterator[bytes]) -> Path:
-        """Write the pieces to a new file. Raises CorruptTransfer: fewer bytes came than announced; the file is gone then."""
-        path = self._folder / f"{next(self._numbers)}.upload"
-        try:
-            with path.open("wb", buffering=0) as file:
-                received = 0
-                async for piece in pieces:
-                    received += file.write(piece) or 0
-            if received != announced_bytes:
-                raise CorruptTransfer(f"{received} bytes arrived where {announced_bytes} were announced: send it again")
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        return path
+        if bounds.max_norm is not None:
+            square += float(np.square(block, dtype=np.float64).sum())
+    if bounds.max_norm is not None and square > bounds.max_norm**2:
+        raise UpdateRefused(
+            f"the update of {client} has a norm of {square**0.5:g}, over run.max_update_norm {bounds.max_norm:g}: "
+            "lower the learning rate, or look at its data"
+        )

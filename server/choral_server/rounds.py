@@ -10,14 +10,21 @@ A part, one client's share of the round, moves through these states; once it has
 
 A result, a decline or a refusal ends a part from any open state, `absent` too: uploads do not need the client's stream.
 
-The round closes as done when `goal` results are accepted, or when at least `quorum` are and nobody is still at work; it is
-abandoned when a quorum has become impossible, at the deadline without one, and when an operator stops it.
+The round closes when `goal` results are accepted, or when at least `quorum` are and nobody is still at work; it is abandoned when
+a quorum has become impossible, at the deadline without one, and when an operator stops it. A closed round is done once what its
+results give has been published:
+
+    open ──▶ closed ──▶ done
+      └────────┴──────▶ abandoned
+
+At the deadline, parts whose transfer advances may end it; all others that are still open are cut off.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -50,13 +57,17 @@ class RoundState(enum.Enum):
     """Where a round stands."""
 
     OPEN = "open"
+    CLOSED = "closed"
     DONE = "done"
     ABANDONED = "abandoned"
 
 
+ENDED = frozenset({RoundState.DONE, RoundState.ABANDONED})
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One client's part: `examples` is the weight of its accepted result."""
+    """One client's part: `examples` is the weight of its accepted result, `digest` the SHA-256 of that result's payload."""
 
     assignment: str
     client: str
@@ -65,6 +76,7 @@ class Part:
     examples: int = 0
     held_out: tuple[Metric, ...] = ()
     work: tuple[Metric, ...] = ()
+    digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,7 @@ class Upload:
     examples: int
     held_out: tuple[Metric, ...]
     work: tuple[Metric, ...]
+    digest: bytes
     path: Path
 
 
@@ -110,6 +123,33 @@ def receipt_after(part: Part) -> Receipt:
         return Receipt(Verdict.DUPLICATE, "this result was accepted before and counts once")
     verdict = Verdict.LATE if part.state is PartState.CANCELLED else Verdict.REFUSED
     return Receipt(verdict, f"this part was {part.state.value}: {part.reason}")
+
+
+def as_kept(part: Part) -> Part:
+    """What of a part outlives the process: how an open one goes does not."""
+    return replace(part, state=PartState.ANNOUNCED, reason="") if part.state in OPEN_PARTS else part
+
+
+def resumed(round: Round) -> Round:
+    """The round as a coordinator finds it that starts again: whoever had not ended their part is away until they return."""
+    away = {
+        part.assignment: replace(part, state=PartState.ABSENT, reason="the coordinator restarted")
+        for part in round.parts.values()
+        if part.state in OPEN_PARTS
+    }
+    return replace(round, parts={**round.parts, **away})
+
+
+def published(round: Round) -> Round:
+    """A closed round whose results have been used."""
+    assert round.state is RoundState.CLOSED, f"round {round.number} is {round.state.value}"
+    return replace(round, state=RoundState.DONE)
+
+
+def discarded(round: Round, why: str) -> Round:
+    """A round that is given up from outside, open or closed."""
+    assert round.state not in ENDED, f"round {round.number} is {round.state.value}"
+    return replace(_cancel(round, f"round {round.number} was given up: {why}")[0], state=RoundState.ABANDONED, reason=why)
 
 
 # Events
@@ -154,10 +194,18 @@ class Returned:
 
 
 @dataclass(frozen=True, slots=True)
+class Recruited:
+    """Another client takes part, in place of one that is not there or will not do it."""
+
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
 class DeadlinePassed:
-    """Time is up."""
+    """Time is up, except for the assignments whose transfer is `advancing`."""
 
     deadline_s: float
+    advancing: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +215,7 @@ class Stopped:
     reason: str
 
 
-Event = Reported | Arrived | Rejected | Left | Returned | DeadlinePassed | Stopped
+Event = Reported | Arrived | Rejected | Left | Returned | Recruited | DeadlinePassed | Stopped
 
 
 # Actions
@@ -202,7 +250,12 @@ class Withdraw:
     part: Part
 
 
-Action = Announce | Answer | Fold | Withdraw
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """Look again soon whether the transfers that were advancing at the deadline have ended or stand still."""
+
+
+Action = Announce | Answer | Fold | Withdraw | Extend
 Step = tuple[Round, tuple[Action, ...]]
 
 
@@ -235,6 +288,7 @@ def _arrived(round: Round, event: Arrived) -> Step:
         examples=upload.examples,
         held_out=upload.held_out,
         work=upload.work,
+        digest=upload.digest,
     )
     return _with(round, accepted), (Answer(upload, Receipt(Verdict.ACCEPTED)), Fold(upload))
 
@@ -261,10 +315,21 @@ def _returned(round: Round, event: Returned) -> Step:
     return _with(round, back), (Announce(back),)
 
 
+def _recruited(round: Round, event: Recruited) -> Step:
+    if round.state is not RoundState.OPEN or event.part.assignment in round.parts:
+        return round, ()
+    return _with(round, event.part), (Announce(event.part),)
+
+
 def _deadline_passed(round: Round, event: DeadlinePassed) -> Step:
+    why = f"the deadline of {event.deadline_s:g} s passed"
+    advancing = {part.assignment for part in round.parts.values() if part.state in OPEN_PARTS} & event.advancing
+    if advancing and round.state is RoundState.OPEN:
+        cut, withdrawals = _cancel(round, why, spared=advancing)
+        return cut, (*withdrawals, Extend())
     if round.count(PartState.ACCEPTED) >= round.quorum:
-        return _close(round, RoundState.DONE, f"the deadline of {event.deadline_s:g} s passed")
-    return _close(round, RoundState.ABANDONED, f"the deadline of {event.deadline_s:g} s passed: {_missing(round)}")
+        return _close(round, RoundState.CLOSED, why)
+    return _close(round, RoundState.ABANDONED, f"{why}: {_missing(round)}")
 
 
 def _stopped(round: Round, event: Stopped) -> Step:
@@ -277,6 +342,7 @@ _HANDLERS: dict[type[Any], Callable[[Round, Any], Step]] = {
     Rejected: _rejected,
     Left: _left,
     Returned: _returned,
+    Recruited: _recruited,
     DeadlinePassed: _deadline_passed,
     Stopped: _stopped,
 }
@@ -288,25 +354,29 @@ def _settle(round: Round) -> Step:
         return round, ()
     accepted = round.count(PartState.ACCEPTED)
     if accepted >= round.goal:
-        return _close(round, RoundState.DONE, "the goal was reached")
+        return _close(round, RoundState.CLOSED, "the goal was reached")
     if accepted + round.count(*OPEN_PARTS) < round.quorum:
         return _close(round, RoundState.ABANDONED, _missing(round))
     if accepted >= round.quorum and round.count(*AT_WORK) == 0:
-        return _close(round, RoundState.DONE, "everyone still here had answered")
+        return _close(round, RoundState.CLOSED, "everyone still here had answered")
     return round, ()
 
 
 def _close(round: Round, state: RoundState, why: str) -> Step:
     if round.state is not RoundState.OPEN:
         return round, ()
+    cancelled, withdrawals = _cancel(round, f"round {round.number} closed: {why}")
+    return replace(cancelled, state=state, reason=why if state is RoundState.ABANDONED else ""), withdrawals
+
+
+def _cancel(round: Round, why: str, spared: AbstractSet[str] = frozenset()) -> Step:
+    """End all open parts but those spared."""
     cancelled = {
-        part.assignment: replace(part, state=PartState.CANCELLED, reason=f"round {round.number} closed: {why}")
+        part.assignment: replace(part, state=PartState.CANCELLED, reason=why)
         for part in round.parts.values()
-        if part.state in OPEN_PARTS
+        if part.state in OPEN_PARTS and part.assignment not in spared
     }
-    reason = why if state is RoundState.ABANDONED else ""
-    closed = replace(round, state=state, reason=reason, parts={**round.parts, **cancelled})
-    return closed, tuple(Withdraw(part) for part in cancelled.values())
+    return replace(round, parts={**round.parts, **cancelled}), tuple(Withdraw(part) for part in cancelled.values())
 
 
 def _missing(round: Round) -> str:

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from choral.errors import ConfigError
+from choral.errors import ConfigError, UnknownVersion
 from choral.messages import VersionRef
 from choral.metrics import Metric, weighted_mean
 from choral.plan import Kind
 from choral.statistics import merge_all
 from choral.task import Task
+from safetensors.numpy import load, save
 from torch.utils.data import Dataset
 
 from choral_server import objective
 from choral_server.aggregate import WeightedSum
 from choral_server.checkpoints import BEST, LATEST, Checkpoints
 from choral_server.config import ServerConfig
+from choral_server.failpoints import Transition
 from choral_server.global_model import GlobalModel
-from choral_server.rounds import PartState, Round
+from choral_server.offload import offload
+from choral_server.patience import patiently
+from choral_server.records import OVER, EventRecord, Record, RunRecord, RunState, VersionRecord
+from choral_server.rounds import PartState, Round, published
 from choral_server.statistics_sum import StatisticsSum
-from choral_server.store import OVER, RunRecord, RunState, Store, VersionRecord
-from choral_server.strategies import fedavg
+from choral_server.store import Store
+from choral_server.strategies import State, step
+from choral_server.troubles import Troubles
 
 Aggregate = WeightedSum | StatisticsSum | None
+ARTIFACTS = "artifacts"
 
 
 @dataclass(frozen=True)
@@ -44,42 +52,70 @@ class Evaluators:
         return cls(test_set, config.evaluation.clients, config.run.objective.on or ("test" if test_set is not None else "clients"))
 
 
-class Run:
-    """The run that the coordinator is on. `record` is its state, replaced as a whole and stored before anyone hears of it."""
+@dataclass(frozen=True)
+class Made:
+    """A version that is not published yet: the checkpoint file, and the server optimizer's state behind it."""
 
-    def __init__(self, config: ServerConfig, task: Task, test_set: Dataset[Any] | None, store: Store, record: RunRecord) -> None:
+    content: bytes
+    state: State
+
+
+class Run:
+    """The run that the coordinator is on. `record` is its state, `current` its newest version; both change once they are stored."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        task: Task,
+        test_set: Dataset[Any] | None,
+        store: Store,
+        checkpoints: Checkpoints,
+        troubles: Troubles,
+        record: RunRecord,
+    ) -> None:
         self.settings = config.run
         self.training = config.run.training.over(task.training)
         self.record = record
         self.model = GlobalModel(task, config.run.seed)
-        self.checkpoints = Checkpoints(store.run_folder(record.name) / "versions", config.run.keep_versions)
-        self.version: VersionRef
+        self.checkpoints = checkpoints
+        self.current: VersionRecord
+        self._state: State = {}
         self._store = store
+        self._troubles = troubles
         self._evaluators = Evaluators.of(config, test_set)
         self._evaluation_tried = False
+        self._changing = asyncio.Lock()
 
-    def begin(self, now: datetime, parent: Path | None = None) -> None:
-        """Make version 0: the task's initial weights, or those in the checkpoint `parent`."""
+    async def begin(self, now: datetime, parent: Run | None = None) -> None:
+        """Make version 0: the task's initial weights, or the newest of `parent`."""
         if parent is not None:
-            self.model.load(parent)
-        self.publish(self._write(0), None, now)
+            self.model.load(await parent.checkpoints.fetch(parent.record.latest))
+        self.current = await self._write(Made(self._content(0), {}), 0, now)
+        await self._commit(lambda record: record, Transition.RUN_BEGUN, self.current)
 
-    def resume(self, now: datetime) -> None:
-        """Go on from the latest version of an earlier process. Raises ConfigError: it is missing or of another model."""
-        path = self.checkpoints.path(self.record.latest)
-        if not path.exists():
-            raise ConfigError(
-                f"{path}: is missing, though run {self.record.name} had got that far: restore it, or give run.name another value"
-            )
-        self.model.load(path)
-        self.version = self.checkpoints.reference(self.record.latest)
-        self.checkpoints.point(LATEST, self.record.latest)  # the earlier process may have ended before it did
-        self._store.save(self.record, VersionRecord(self.record.name, self.version, path, now))
+    async def resume(self) -> None:
+        """Go on from the newest version of an earlier process. Raises ConfigError: it is missing or of another model."""
+        latest = await self._store.version(self.record.name, self.record.latest)
+        if latest is None:
+            raise ConfigError(f"run {self.record.name}: the database has no version {self.record.latest}: restore a backup")
+        self.current = latest
+        await self._load(self.record.latest)
+        self._point()  # the earlier process may have ended before it did
 
-    def save(self, **changes: Any) -> None:
-        """Replace parts of the record and store it."""
-        self.record = replace(self.record, **changes)
-        self._store.save(self.record)
+    async def save(self, at: Transition | None = None, others: Iterable[Record] = (), **changes: Any) -> None:
+        """Store the record with these changes, and other records in the same commit."""
+        async with self._changing:
+            record = replace(self.record, **changes)
+            if replace(record, next_round_at=self.record.next_round_at) == self.record and not others:
+                self._store.tell(record)  # only what is true of the moment differs
+            else:
+                await self._store.commit(record, *others, at=at)
+            self.record = record
+
+    @property
+    def version(self) -> VersionRef:
+        """The newest version, as it is announced."""
+        return self.current.version
 
     @property
     def over(self) -> bool:
@@ -103,7 +139,7 @@ class Run:
         early = objective.exhausted(self.settings.objective, self.record.progress)
         if self.record.rounds_done < self.record.rounds_planned and not early:
             return Kind.TRAINING
-        if self._evaluators.clients and not self._evaluation_tried:
+        if self._evaluators.clients and not self._evaluation_tried and not self.current.clients:
             return Kind.EVALUATION
         return None
 
@@ -121,110 +157,179 @@ class Run:
             return WeightedSum(self.model.manifest.size, self.settings.weight_cap)
         return StatisticsSum() if kind is Kind.STATISTICS else None
 
-    def make_version(self, aggregate: WeightedSum | StatisticsSum) -> VersionRef:
-        """Take an aggregate into the model and write its checkpoint. Slow for large models: call it in a thread."""
-        if isinstance(aggregate, StatisticsSum):
+    def make_version(self, aggregate: Aggregate) -> Made:
+        """The next model from what a round collected. Slow for large models: call it in a thread."""
+        state = self._state
+        if isinstance(aggregate, WeightedSum):
+            weights, state = step(self.settings.strategy, self.model.weights, aggregate.mean(), state)
+            self.model.set_weights(weights)
+        elif isinstance(aggregate, StatisticsSum):
             self.model.set_statistics(merge_all(aggregate.parts()))
-        else:
-            self.model.set_weights(fedavg.step(self.model.weights, aggregate.mean()))
-        return self._write(self.record.latest + 1)
+        return Made(self._content(self.record.latest + 1), state)
 
-    def publish(self, version: VersionRef, kind: Kind | None, now: datetime) -> None:
-        """Make a written version the current one; `kind` is that of the round that gave it, None for version 0."""
-        done = self.record.rounds_done + (kind is Kind.TRAINING)
-        statistics = self.record.has_statistics or kind is Kind.STATISTICS
-        self.version = version
-        self.record = replace(self.record, latest=version.number, rounds_done=done, has_statistics=statistics)
-        path = self.checkpoints.path(version.number)
-        self._store.save(self.record, VersionRecord(self.record.name, version, path, now))
-        self.checkpoints.point(LATEST, version.number)
-        best = self.record.progress.best
-        self.checkpoints.prune({version.number} if best is None else {version.number, best})
+    async def settle(self, closed: Round, aggregate: Aggregate, now: datetime) -> Round:
+        """Use what a closed round collected: publish its version, if it makes one, and what clients measured; in one commit."""
+        self._evaluation_tried = closed.kind is Kind.EVALUATION
+        accepted = [part for part in closed.parts.values() if part.state is PartState.ACCEPTED]
+        progress, before = self._judged("clients", weighted_mean(metric for part in accepted for metric in part.held_out))
+        done = published(closed)
+        if aggregate is None:
+            await self._commit(lambda record: replace(record, progress=progress), Transition.VERSION_PUBLISHED, before, done)
+            self.current = before
+            return done
+        training, statistics = closed.kind is Kind.TRAINING, closed.kind is Kind.STATISTICS
+        made = await offload(self.version.size_bytes, self.make_version, aggregate)
+        await self._publish(
+            made,
+            lambda record: replace(
+                record,
+                progress=progress,
+                rounds_done=record.rounds_done + training,
+                has_statistics=record.has_statistics or statistics,
+            ),
+            now,
+            before,
+            done,
+        )
+        return done
+
+    async def roll_back(self, number: int, now: datetime) -> None:
+        """Publish the weights and the optimizer state of version `number` as the newest. Raises UnknownVersion."""
+        if await self._store.version(self.record.name, number) is None:
+            raise UnknownVersion(f"run {self.record.name} has no version {number}: `choral versions list` shows those there are")
+        await self._load(number)
+        new = self.record.latest + 1
+        event = EventRecord(now, "rolled back", f"the model is again that of version {number}, as version {new}", self.record.name)
+        await self._publish(Made(self._content(new), self._state), lambda record: record, now, event)
 
     @property
     def has_test_set(self) -> bool:
         """Whether the coordinator measures versions itself."""
         return self._evaluators.test_set is not None
 
-    def measure(self) -> tuple[Metric, ...]:
-        """Measure the model on the coordinator's test set, if it has one. Slow for large models: call it in a thread."""
-        return self.model.evaluate(self._evaluators.test_set) if self._evaluators.test_set is not None else ()
+    async def measure(self) -> tuple[Metric, ...]:
+        """Measure the newest version on the coordinator's test set, unless that was done, and keep the result."""
+        if self._evaluators.test_set is None or self.current.test:
+            return ()
+        measured = await asyncio.to_thread(self.model.evaluate, self._evaluators.test_set)
+        progress, current = self._judged("test", measured)
+        await self._commit(lambda record: replace(record, progress=progress), Transition.VERSION_MEASURED, current)
+        self.current = current
+        return measured
 
-    def measured(self, on: str, number: int, metrics: tuple[Metric, ...]) -> None:
-        """Keep what was measured of a version, and whether that makes it the best."""
+    def _judged(self, on: str, metrics: tuple[Metric, ...]) -> tuple[objective.Progress, VersionRecord]:
+        """The newest version with these measurements of it, and what they make of the progress."""
+        progress = self.record.progress
         if not metrics:
-            return
-        record = self._store.versions.get((self.record.name, number))
-        if record is not None:
-            self._store.save(replace(record, test=metrics) if on == "test" else replace(record, clients=metrics))
-        if on != self._evaluators.judge:
-            return
-        progress = objective.judge(self.settings.objective, self.record.progress, number, metrics)
-        if progress.best is not None and progress.best != self.record.progress.best:
-            self.checkpoints.point(BEST, progress.best)
-        self.save(progress=progress)
+            return progress, self.current
+        current = replace(self.current, test=metrics) if on == "test" else replace(self.current, clients=metrics)
+        if on == self._evaluators.judge:
+            progress = objective.judge(self.settings.objective, progress, current.version.number, metrics)
+        return progress, current
 
-    def measured_by_clients(self, closed: Round) -> None:
-        """Keep the weighted mean of what clients measured on the version that a round started from."""
-        self._evaluation_tried = closed.kind is Kind.EVALUATION
-        accepted = [part for part in closed.parts.values() if part.state is PartState.ACCEPTED]
-        self.measured("clients", closed.version, weighted_mean(metric for part in accepted for metric in part.held_out))
+    async def _publish(self, made: Made, change: Callable[[RunRecord], RunRecord], now: datetime, *others: Record) -> None:
+        """Make a version the newest, with `change` of the record and what else is to be known at the same moment."""
+        number = self.record.latest + 1
+        current = await self._write(made, number, now)
+        await self._commit(lambda record: replace(change(record), latest=number), Transition.VERSION_PUBLISHED, current, *others)
+        self._state, self.current = made.state, current
+        best = self.record.progress.best
+        await patiently(self._troubles, ARTIFACTS, lambda: self.checkpoints.prune({number} if best is None else {number, best}))
 
-    def _write(self, number: int) -> VersionRef:
+    async def _write(self, made: Made, number: int, now: datetime) -> VersionRecord:
+        """Write a version's files. Nobody knows of it yet, and until somebody does it can be written again."""
+        state = save(made.state) if made.state else None
+        version = await patiently(self._troubles, ARTIFACTS, lambda: self.checkpoints.write(number, made.content, state))
+        return VersionRecord(self.record.name, version, self.checkpoints.location(number), now)
+
+    async def _commit(self, change: Callable[[RunRecord], RunRecord], at: Transition, *others: Record) -> None:
+        """Store a change of the record, as it is at this moment, together with other records."""
+        async with self._changing:
+            record = change(self.record)
+            await self._store.commit(*others, record, at=at)
+            self.record = record
+        self._point()
+
+    def _point(self) -> None:
+        """Let the names in the folder follow; the record says what is true."""
+        self.checkpoints.point(LATEST, self.record.latest)
+        if self.record.progress.best is not None:
+            self.checkpoints.point(BEST, self.record.progress.best)
+
+    async def _load(self, number: int) -> None:
+        self.model.load(await self.checkpoints.fetch(number))
+        state = await self.checkpoints.optimizer(number)
+        self._state = load(state) if state is not None else {}
+
+    def _content(self, number: int) -> bytes:
         record = self.record
         origin = {"run": record.name, "task": record.task, "task_version": record.task_version, "version": number}
-        return self.checkpoints.write(number, self.model.to_bytes({"choral": json.dumps(origin)}))
+        return self.model.to_bytes({"choral": json.dumps(origin)})
 
 
-def open_run(config: ServerConfig, task: Task, test_set: Dataset[Any] | None, store: Store, now: datetime) -> Run:
-    """The newest run of the configured name, as an earlier process left it, or a new one.
+class Runs:
+    """Opens runs: the one that an earlier process left, or new ones."""
 
-    Raises ConfigError: the run in the state folder is of another task or model, or damaged.
-    """
-    name, last = _newest(config.run.name, store)
-    if last is None:
-        return _begin(config, task, test_set, store, RunRecord(name, task.name, task.version, config.run.rounds, now))
-    if (last.task, last.task_version) != (task.name, task.version):
-        raise ConfigError(
-            f"run {last.name} in {store.run_folder(last.name)} trains task {last.task} {last.task_version}, "
-            f"not {task.name} {task.version}: give run.name another value"
-        )
-    planned = config.run.rounds if last.name == config.run.name else last.rounds_planned
-    unfinished = last.state not in OVER or (last.state is RunState.FINISHED and last.rounds_done < planned)
-    if unfinished:
-        last = replace(last, rounds_planned=planned, state=RunState.WAITING, reason="")
-    run = Run(config, task, test_set, store, last)
-    run.resume(now)
-    return run
+    def __init__(
+        self,
+        config: ServerConfig,
+        task: Task,
+        test_set: Dataset[Any] | None,
+        store: Store,
+        checkpoints: Callable[[str], Checkpoints],
+        troubles: Troubles,
+    ) -> None:
+        self._config = config
+        self._task = task
+        self._test_set = test_set
+        self._store = store
+        self._checkpoints = checkpoints
+        self._troubles = troubles
 
+    async def open(self, now: datetime) -> Run:
+        """The newest run of the configured name, as an earlier process left it, or a new one.
 
-def further_run(
-    config: ServerConfig, task: Task, test_set: Dataset[Any] | None, store: Store, now: datetime, rounds: int, parent: Run | None
-) -> Run:
-    """A new run with the next free number behind its name: `rounds` (0: as configured), from the model of `parent` if given."""
-    name, _ = _newest(config.run.name, store)
-    record = RunRecord(name, task.name, task.version, rounds or config.run.rounds, now)
-    if parent is None:
-        return _begin(config, task, test_set, store, record)
-    record = replace(record, has_statistics=parent.record.has_statistics)
-    return _begin(config, task, test_set, store, record, parent.checkpoints.path(parent.record.latest))
+        Raises ConfigError: it is of another task or model, or its newest version is missing or damaged.
+        """
+        name, last = self._newest()
+        task, configured = self._task, self._config.run
+        if last is None:
+            return await self._begin(RunRecord(name, task.name, task.version, configured.rounds, now))
+        if (last.task, last.task_version) != (task.name, task.version):
+            raise ConfigError(
+                f"run {last.name} trains task {last.task} {last.task_version}, not {task.name} {task.version}: "
+                "give run.name another value"
+            )
+        planned = configured.rounds if last.name == configured.name else last.rounds_planned
+        if last.state not in OVER or (last.state is RunState.FINISHED and last.rounds_done < planned):
+            last = replace(last, rounds_planned=planned, state=RunState.WAITING, reason="")
+        run = self._make(last)
+        await run.resume()
+        await self._store.commit(last)
+        return run
 
+    async def further(self, now: datetime, rounds: int, parent: Run | None) -> Run:
+        """A new run with the next free number behind its name: `rounds` (0: as configured), from the model of `parent` if given."""
+        record = RunRecord(self._newest()[0], self._task.name, self._task.version, rounds or self._config.run.rounds, now)
+        if parent is not None:
+            record = replace(record, has_statistics=parent.record.has_statistics)
+        return await self._begin(record, parent)
 
-def _begin(
-    config: ServerConfig, task: Task, test_set: Dataset[Any] | None, store: Store, record: RunRecord, parent: Path | None = None
-) -> Run:
-    run = Run(config, task, test_set, store, record)
-    run.begin(record.started_at, parent)
-    return run
+    async def _begin(self, record: RunRecord, parent: Run | None = None) -> Run:
+        run = self._make(record)
+        await run.begin(record.started_at, parent)
+        return run
 
+    def _make(self, record: RunRecord) -> Run:
+        checkpoints = self._checkpoints(record.name)
+        return Run(self._config, self._task, self._test_set, self._store, checkpoints, self._troubles, record)
 
-def _newest(base: str, store: Store) -> tuple[str, RunRecord | None]:
-    """The first free name of base, base-2, base-3, …, and the run before it."""
-    last = None
-    for number in itertools.count(1):
-        name = base if number == 1 else f"{base}-{number}"
-        record = store.load_run(name)
-        if record is None:
-            return name, last
-        last = record
-    raise AssertionError("count never ends")
+    def _newest(self) -> tuple[str, RunRecord | None]:
+        """The first free name of base, base-2, base-3, …, and the run before it."""
+        base, last = self._config.run.name, None
+        for number in itertools.count(1):
+            name = base if number == 1 else f"{base}-{number}"
+            if name not in self._store.runs:
+                return name, last
+            last = self._store.runs[name]
+        raise AssertionError("count never ends")

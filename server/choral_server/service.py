@@ -16,11 +16,13 @@ from choral.status import abort
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
 
+from choral_server.collection import Collection
 from choral_server.coordinator import Coordinator
-from choral_server.intake import Spool, check_payload
+from choral_server.intake import check_payload
 from choral_server.offload import offload
 from choral_server.rounds import Upload
 from choral_server.sessions import Session, Sessions
+from choral_server.transfers import Transfers
 
 log = structlog.get_logger()
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -29,10 +31,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class FederationService(federation_pb2_grpc.FederationServicer):
     """What clients reach."""
 
-    def __init__(self, coordinator: Coordinator, sessions: Sessions, spool: Spool, heartbeat_s: float) -> None:
+    def __init__(self, coordinator: Coordinator, sessions: Sessions, transfers: Transfers, heartbeat_s: float) -> None:
         self._coordinator = coordinator
+        self._attendance = coordinator.attendance
         self._sessions = sessions
-        self._spool = spool
+        self._transfers = transfers
         self._silence_s = 3 * heartbeat_s
 
     async def Attend(self, requests: AsyncIterator[pb.AttendRequest], context: Context) -> AsyncIterator[pb.AttendResponse]:
@@ -44,7 +47,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             await abort(context, error)
         reading = asyncio.create_task(self._listen(session, requests))
         try:
-            yield wire.from_coordinator_to_pb(self._coordinator.joined(session))
+            yield wire.from_coordinator_to_pb(self._attendance.joined(session, self._coordinator.run))
             async with aclosing(session.said()) as said:
                 async for message in said:
                     yield wire.from_coordinator_to_pb(message)
@@ -54,7 +57,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         finally:
             reading.cancel()
             if self._sessions.leave(session):
-                self._coordinator.left(session, _why(reading))
+                self._attendance.left(session, _why(reading))
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.DownloadResponse]:
         """Send a checkpoint file's bytes as they lie."""
@@ -72,6 +75,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             while piece := file.read(wire.CHUNK_BYTES):
                 yield pb.DownloadResponse(chunk=wire.chunk(piece, offset))
                 offset += len(piece)
+                if request.client:
+                    self._transfers.moved(request.client)
+        self._transfers.ended(request.client)
 
     async def Upload(self, requests: AsyncIterator[pb.UploadRequest], context: Context) -> pb.UploadResponse:
         """Take in one result and answer with its receipt."""
@@ -82,6 +88,17 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             return wire.receipt_to_pb(await self._take(wire.header_from_pb(first.header), requests))
         except ChoralError as error:
             log.warning("upload broken", address=context.peer(), reason=str(error))
+            await abort(context, error)
+
+    async def ResumeUpload(self, request: pb.ResumeUploadRequest, context: Context) -> pb.ResumeUploadResponse:
+        """Say whether a result is still wanted, and how much of it is here."""
+        try:
+            header = wire.header_from_pb(request.header)
+            answer = await self._attendance.expects(header)
+            return wire.resumption_to_pb(answer.spool.held(header) if isinstance(answer, Collection) else answer)
+        except UpdateRefused as error:
+            return wire.resumption_to_pb(Receipt(Verdict.REFUSED, str(error)))
+        except ChoralError as error:
             await abort(context, error)
 
     async def _admit(self, requests: AsyncIterator[pb.AttendRequest], address: str) -> Session:
@@ -107,9 +124,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                     return
                 match wire.from_client_from_pb(request):
                     case Status() as status:
-                        self._coordinator.reported(session, status)
+                        self._attendance.reported(session, status)
                     case Heartbeat():
-                        self._coordinator.heard(session)
+                        self._attendance.heard(session)
                     case Hello():
                         raise InvalidMessage("a second hello on one stream")
         except TimeoutError:
@@ -118,42 +135,52 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             session.close()
 
     async def _take(self, header: UploadHeader, requests: AsyncIterator[pb.UploadRequest]) -> Receipt:
+        """Store an upload, check it, and offer it to the round."""
         try:
-            settled = self._coordinator.expects(header)
-            if settled is not None:
-                return settled
-            path = await self._spool.store(header.payload_bytes, _pieces(header, requests))
-            run = self._coordinator.run
+            collection = await self._attendance.expects(header)
+            if isinstance(collection, Receipt):
+                return collection
+            path = await collection.spool.store(header, self._pieces(header, requests))
             try:
-                await offload(header.payload_bytes, check_payload, header, path, run.settings.cohort_size, run.model.features)
-            except ChoralError as error:
-                path.unlink()
-                self._coordinator.reject(header, str(error))
-                raise UpdateRefused(str(error)) from error
+                await offload(header.payload_bytes, check_payload, header, path, collection.bounds())
+            except UpdateRefused as error:
+                collection.spool.discard(path)
+                collection.reject(header, str(error))
+                raise
         except UpdateRefused as error:
             return Receipt(Verdict.REFUSED, str(error))
-        return await self._coordinator.submit(
-            Upload(header.assignment, header.client, header.examples, header.held_out, header.work, path)
+        finally:
+            self._transfers.ended(header.client)
+        return await collection.submit(
+            Upload(header.assignment, header.client, header.examples, header.held_out, header.work, header.digest, path)
         )
 
+    async def _pieces(self, header: UploadHeader, requests: AsyncIterator[pb.UploadRequest]) -> AsyncIterator[bytes]:
+        """The verified bytes of an upload's chunks, up to its trailer. Raises CorruptTransfer, InvalidMessage or Unreachable."""
+        received, count, stall_s = header.offset, 0, self._coordinator.run.settings.stall_s
+        while (request := await _next(requests, stall_s)) is not None:
+            match request.WhichOneof("message"):
+                case "chunk":
+                    piece = wire.verified(request.chunk, received, header.payload_bytes)
+                    received += len(piece)
+                    count += 1
+                    self._transfers.moved(header.client)
+                    yield piece
+                case "trailer":
+                    if request.trailer.chunks != count:
+                        raise CorruptTransfer(f"{count} chunks arrived where {request.trailer.chunks} were sent: send it again")
+                    return
+                case _:
+                    raise InvalidMessage("an upload is one header, its chunks, and one trailer")
+        raise CorruptTransfer("the upload ended without its trailer: send the rest")
 
-async def _pieces(header: UploadHeader, requests: AsyncIterator[pb.UploadRequest]) -> AsyncIterator[bytes]:
-    """The verified bytes of an upload's chunks, up to its trailer."""
-    received = count = 0
-    async for request in requests:
-        match request.WhichOneof("message"):
-            case "chunk":
-                piece = wire.verified(request.chunk, received, header.payload_bytes)
-                received += len(piece)
-                count += 1
-                yield piece
-            case "trailer":
-                if request.trailer.chunks != count:
-                    raise CorruptTransfer(f"{count} chunks arrived where {request.trailer.chunks} were sent: send it again")
-                return
-            case _:
-                raise InvalidMessage("an upload is one header, its chunks, and one trailer")
-    raise CorruptTransfer("the upload ended without its trailer: send it again")
+
+async def _next(requests: AsyncIterator[pb.UploadRequest], stall_s: float) -> pb.UploadRequest | None:
+    try:
+        async with asyncio.timeout(stall_s):
+            return await anext(requests, None)
+    except TimeoutError:
+        raise Unreachable(f"nothing of the upload arrived for {stall_s:g} s: send the rest") from None
 
 
 def _failure(task: asyncio.Task[None]) -> BaseException | None:

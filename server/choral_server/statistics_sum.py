@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from choral.statistics import Moments
 
+from choral_server.rounds import Part
+
 
 class StatisticsSum:
     """Each client's moments; merged in the order of the clients' names, so that the order of arrival changes no bit."""
@@ -14,9 +16,9 @@ class StatisticsSum:
     def __init__(self) -> None:
         self._parts: dict[str, Moments] = {}
 
-    def fold(self, path: Path, client: str) -> None:
-        """Add the statistics in the file at `path`."""
-        self._parts[client] = Moments.from_vector(np.fromfile(path, dtype="<f8"))
+    def fold(self, part: Part, path: Path) -> None:
+        """Add the statistics in the file at `path`, the accepted result of `part`."""
+        self._parts[part.client] = Moments.from_vector(np.fromfile(path, dtype="<f8"))
 
     def parts(self) -> list[Moments]:
         """The moments, in the order of the clients' names."""

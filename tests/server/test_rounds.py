@@ -1,3 +1,5 @@
+"""The round machine: each event in each state, whole rounds, and any order of any events, restarts among them."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -20,10 +22,12 @@ from choral_server.rounds import (
     Arrived,
     DeadlinePassed,
     Event,
+    Extend,
     Fold,
     Left,
     Part,
     PartState,
+    Recruited,
     Rejected,
     Reported,
     Returned,
@@ -32,14 +36,20 @@ from choral_server.rounds import (
     Stopped,
     Upload,
     Withdraw,
+    as_kept,
+    discarded,
+    published,
     receipt_after,
+    resumed,
     step,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 NOON = datetime(2025, 6, 1, 12, tzinfo=UTC)
-OPEN, DONE, ABANDONED = RoundState.OPEN, RoundState.DONE, RoundState.ABANDONED
+OPEN, CLOSED, DONE, ABANDONED = RoundState.OPEN, RoundState.CLOSED, RoundState.DONE, RoundState.ABANDONED
+DIGEST = bytes(range(32))
 
 
 def id_of(client: str) -> str:
@@ -54,7 +64,7 @@ def round_of(clients: Sequence[str], goal: int, quorum: int) -> Round:
 def upload(client: str, sender: str | None = None, examples: int = 10, attempt: int = 1) -> Upload:
     metrics = (Metric("loss", 0.5, examples),)
     path = Path(f"/spool/{client}-{attempt}.upload")
-    return Upload(id_of(client), sender or client, examples, metrics, (Metric("train_s", 1.0, examples),), path)
+    return Upload(id_of(client), sender or client, examples, metrics, (Metric("train_s", 1.0, examples),), DIGEST, path)
 
 
 def arrived(client: str, sender: str | None = None, attempt: int = 1) -> Arrived:
@@ -63,6 +73,10 @@ def arrived(client: str, sender: str | None = None, attempt: int = 1) -> Arrived
 
 def reported(client: str, phase: Phase, reason: str = "") -> Reported:
     return Reported(id_of(client), phase, reason)
+
+
+def recruited(client: str) -> Recruited:
+    return Recruited(Part(id_of(client), client))
 
 
 def states(round: Round) -> dict[str, str]:
@@ -88,22 +102,24 @@ EVENTS: dict[str, Event] = {
     "rejected": Rejected(id_of("alice"), "it holds NaN"),
     "left": Left("alice"),
     "returned": Returned("alice"),
+    "recruited": Recruited(Part(id_of("alice"), "alice")),
+    "extended": DeadlinePassed(60.0, frozenset({id_of("alice")})),
     "deadline": DeadlinePassed(60.0),
     "stopped": Stopped("an operator said so"),
 }
 
 # A dot: the part does not change.
 TABLE = """
-              downloading  working  uploading  declined  arrived   rejected  left    returned   deadline   stopped
-announced     downloading  working  uploading  declined  accepted  refused   absent  .          cancelled  cancelled
-downloading   .            working  uploading  declined  accepted  refused   absent  announced  cancelled  cancelled
-working       downloading  .        uploading  declined  accepted  refused   absent  announced  cancelled  cancelled
-uploading     downloading  working  .          declined  accepted  refused   absent  announced  cancelled  cancelled
-absent        downloading  working  uploading  declined  accepted  refused   .       announced  cancelled  cancelled
-accepted      .            .        .          .         .         .         .       .          .          .
-declined      .            .        .          .         .         .         .       .          .          .
-refused       .            .        .          .         .         .         .       .          .          .
-cancelled     .            .        .          .         .         .         .       .          .          .
+              downloading  working  uploading  declined  arrived   rejected  left    returned   recruited  extended   deadline   stopped
+announced     downloading  working  uploading  declined  accepted  refused   absent  .          .          .          cancelled  cancelled
+downloading   .            working  uploading  declined  accepted  refused   absent  announced  .          .          cancelled  cancelled
+working       downloading  .        uploading  declined  accepted  refused   absent  announced  .          .          cancelled  cancelled
+uploading     downloading  working  .          declined  accepted  refused   absent  announced  .          .          cancelled  cancelled
+absent        downloading  working  uploading  declined  accepted  refused   .       announced  .          .          cancelled  cancelled
+accepted      .            .        .          .         .         .         .       .          .          .          .          .
+declined      .            .        .          .         .         .         .       .          .          .          .          .
+refused       .            .        .          .         .         .         .       .          .          .          .          .
+cancelled     .            .        .          .         .         .         .       .          .          .          .          .
 """
 
 
@@ -143,7 +159,8 @@ def test_each_event_in_each_state(before: PartState, name: str) -> None:
     assert part.state is CELLS[before, name]
     assert actions == expected_actions(subject, part, event, after)
     if isinstance(event, DeadlinePassed | Stopped):
-        assert after.state is not OPEN
+        spared = isinstance(event, DeadlinePassed) and bool(event.advancing) and before in OPEN_PARTS
+        assert (after.state is OPEN) is spared
         assert after.parts[id_of("bob")].state is PartState.CANCELLED
     else:
         assert after.state is OPEN
@@ -165,13 +182,15 @@ def expected_actions(before: Part, after: Part, event: Event, round: Round) -> t
             return (answer,)
         case Returned() if before.state in OPEN_PARTS:
             return (Announce(after),)
+        case DeadlinePassed(_, advancing) if advancing and before.state in OPEN_PARTS:
+            return Withdraw(round.parts[id_of("bob")]), Extend()
         case DeadlinePassed() | Stopped():
             alices = (Withdraw(after),) if before.state in OPEN_PARTS else ()
             return *alices, Withdraw(round.parts[id_of("bob")])
     return ()
 
 
-@pytest.mark.parametrize("closed", [DONE, ABANDONED])
+@pytest.mark.parametrize("closed", [CLOSED, DONE, ABANDONED])
 @pytest.mark.parametrize("state", [state for state in PartState if state not in OPEN_PARTS])
 @pytest.mark.parametrize("name", EVENTS)
 def test_nothing_changes_a_closed_round(closed: RoundState, state: PartState, name: str) -> None:
@@ -193,6 +212,7 @@ def test_what_an_accepted_result_leaves_behind() -> None:
         10,
         (Metric("loss", 0.5, 10),),
         (Metric("train_s", 1.0, 10),),
+        DIGEST,
     )
     assert actions == (Answer(upload("alice"), Receipt(Verdict.ACCEPTED)), Fold(upload("alice")))
 
@@ -212,6 +232,7 @@ class Scenario:
 
 
 DEADLINE = DeadlinePassed(30.0)
+ADVANCING = DeadlinePassed(30.0, frozenset({id_of("bob")}))
 SCENARIOS = {
     "nothing happened yet": Scenario("alice bob", 2, 2, [], OPEN, "", "announced announced"),
     "goal: the last of two results closes the round": Scenario(
@@ -227,7 +248,7 @@ SCENARIOS = {
             reported("bob", Phase.WORKING),
             arrived("bob"),
         ],
-        DONE,
+        CLOSED,
         "",
         "accepted accepted",
     ),
@@ -237,25 +258,25 @@ SCENARIOS = {
         2,
         2,
         [reported("carol", Phase.WORKING), Left("dave"), arrived("bob"), arrived("alice")],
-        DONE,
+        CLOSED,
         "",
         "accepted accepted cancelled cancelled",
     ),
     "a quorum at the deadline is enough": Scenario(
-        "alice bob carol", 3, 2, [arrived("alice"), arrived("carol"), DEADLINE], DONE, "", "accepted cancelled accepted"
+        "alice bob carol", 3, 2, [arrived("alice"), arrived("carol"), DEADLINE], CLOSED, "", "accepted cancelled accepted"
     ),
     "a quorum before the deadline waits for those at work": Scenario(
         "alice bob carol", 3, 2, [arrived("alice"), arrived("carol")], OPEN, "", "accepted announced accepted"
     ),
     "a quorum is enough once nobody is at work": Scenario(
-        "alice bob carol", 3, 2, [arrived("alice"), arrived("carol"), Left("bob")], DONE, "", "accepted cancelled accepted"
+        "alice bob carol", 3, 2, [arrived("alice"), arrived("carol"), Left("bob")], CLOSED, "", "accepted cancelled accepted"
     ),
     "a quorum is enough once the last has declined": Scenario(
         "alice bob carol",
         3,
         2,
         [arrived("alice"), arrived("carol"), reported("bob", Phase.DECLINED, "the loss is nan")],
-        DONE,
+        CLOSED,
         "",
         "accepted declined accepted",
     ),
@@ -296,7 +317,7 @@ SCENARIOS = {
         3,
         2,
         [Rejected(id_of("alice"), "it holds NaN"), arrived("bob"), arrived("carol")],
-        DONE,
+        CLOSED,
         "",
         "refused accepted accepted",
     ),
@@ -314,7 +335,7 @@ SCENARIOS = {
         2,
         2,
         [reported("alice", Phase.WORKING), Left("alice"), arrived("bob"), Returned("alice"), arrived("alice")],
-        DONE,
+        CLOSED,
         "",
         "accepted accepted",
     ),
@@ -343,7 +364,7 @@ SCENARIOS = {
         2,
         1,
         [arrived("alice"), DEADLINE, arrived("bob")],
-        DONE,
+        CLOSED,
         "",
         "accepted cancelled",
     ),
@@ -365,6 +386,52 @@ SCENARIOS = {
         "",
         "announced announced",
     ),
+    "a transfer that advances outlives the deadline and counts": Scenario(
+        "alice bob carol",
+        3,
+        2,
+        [arrived("alice"), ADVANCING, reported("bob", Phase.UPLOADING), arrived("bob")],
+        CLOSED,
+        "",
+        "accepted accepted cancelled",
+    ),
+    "it is waited for even if there is a quorum": Scenario(
+        "alice bob carol", 3, 1, [arrived("alice"), ADVANCING], OPEN, "", "accepted announced cancelled"
+    ),
+    "one that stands still at last does not": Scenario(
+        "alice bob carol",
+        3,
+        2,
+        [arrived("alice"), ADVANCING, DEADLINE],
+        ABANDONED,
+        "the deadline of 30 s passed: quorum of 2 missed with 1 accepted: "
+        "bob announced; carol cancelled (the deadline of 30 s passed)",
+        "accepted cancelled cancelled",
+    ),
+    "one that has ended moves no deadline": Scenario(
+        "alice bob", 2, 1, [arrived("bob"), ADVANCING], CLOSED, "", "cancelled accepted"
+    ),
+    "a recruit takes the part of one who is away": Scenario(
+        "alice bob",
+        2,
+        2,
+        [Left("alice"), recruited("carol"), arrived("bob"), arrived("carol")],
+        CLOSED,
+        "",
+        "cancelled accepted accepted",
+    ),
+    "unless that one is faster": Scenario(
+        "alice bob",
+        2,
+        2,
+        [Left("alice"), recruited("carol"), Returned("alice"), arrived("bob"), arrived("alice")],
+        CLOSED,
+        "",
+        "accepted accepted cancelled",
+    ),
+    "nobody is recruited twice, or after the end": Scenario(
+        "alice", 1, 1, [recruited("alice"), arrived("alice"), recruited("carol")], CLOSED, "", "accepted"
+    ),
     "stop abandons whatever there is": Scenario(
         "alice bob carol",
         3,
@@ -375,7 +442,7 @@ SCENARIOS = {
         "accepted declined cancelled",
     ),
     "stop after the end changes nothing": Scenario(
-        "alice", 1, 1, [arrived("alice"), Stopped("stopped by an operator"), DEADLINE], DONE, "", "accepted"
+        "alice", 1, 1, [arrived("alice"), Stopped("stopped by an operator"), DEADLINE], CLOSED, "", "accepted"
     ),
     "a round of nobody ends when it is stopped": Scenario("", 0, 1, [Stopped("nobody attends")], ABANDONED, "nobody attends", ""),
 }
@@ -384,11 +451,10 @@ SCENARIOS = {
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenarios(name: str) -> None:
     told = SCENARIOS[name]
-    clients = told.clients.split()
-    round, _ = play(round_of(clients, told.goal, told.quorum), told.events)
+    round, _ = play(round_of(told.clients.split(), told.goal, told.quorum), told.events)
     assert round.state is told.state
     assert round.reason == told.reason
-    assert states(round) == dict(zip(clients, told.parts.split(), strict=True))
+    assert list(states(round).values()) == told.parts.split()
 
 
 def test_the_cancelled_are_told_and_why() -> None:
@@ -467,6 +533,8 @@ ANY_EVENT = st.one_of(
     st.builds(lambda client: Rejected(id_of(client), "it holds NaN"), ANYONE),
     st.builds(Left, ANYONE),
     st.builds(Returned, ANYONE),
+    st.builds(recruited, ANYONE),
+    st.builds(lambda clients: DeadlinePassed(30.0, frozenset(map(id_of, clients))), st.sets(ANYONE)),
     st.just(DEADLINE),
     st.just(Stopped("stopped by an operator")),
 )
@@ -496,7 +564,7 @@ def test_invariants_hold_in_any_order_of_events(round: Round, events: list[Event
     assert answered["Answer"] == sum(isinstance(event, Arrived) for event in events)
     assert set(folded) == accepted_in(round)
     assert len(folded) <= round.goal
-    if any(isinstance(event, DeadlinePassed | Stopped) for event in events):
+    if any(event == DEADLINE or isinstance(event, Stopped) for event in events):
         assert round.state is not OPEN
 
 
@@ -519,7 +587,9 @@ def check_step(before: Round, event: Event, after: Round, actions: tuple[Action,
 
     # what never changes
     assert replace(after, parts={}, state=OPEN, reason="") == replace(before, parts={}, state=OPEN, reason="")
-    assert [(key, part.client) for key, part in after.parts.items()] == [(key, part.client) for key, part in before.parts.items()]
+    clients = [(key, part.client) for key, part in before.parts.items()]
+    new = [event.part] if isinstance(event, Recruited) and recruits(before, event) else []
+    assert [(key, part.client) for key, part in after.parts.items()] == clients + [(part.assignment, part.client) for part in new]
     for key, part in before.parts.items():
         if part.state not in OPEN_PARTS:
             assert after.parts[key] is part, "an ended part never changes"
@@ -532,17 +602,21 @@ def check_step(before: Round, event: Event, after: Round, actions: tuple[Action,
     # the end
     if after.state is not OPEN:
         assert after.count(*OPEN_PARTS) == 0, "a closed round has no open part"
-    if after.state is DONE:
+    if after.state is CLOSED:
         assert after.count(PartState.ACCEPTED) >= after.quorum
     assert (after.reason != "") is (after.state is ABANDONED)
-    assert [part.assignment for part in withdrawn] == [
-        key for key, part in after.parts.items() if closing and part.state is PartState.CANCELLED
-    ]
-    if not closing:
+    cancelled = {key for key, part in after.parts.items() if part.state is PartState.CANCELLED and part != before.parts.get(key)}
+    assert {part.assignment for part in withdrawn} == cancelled
+    assert len(withdrawn) == len(cancelled)
+    cutting = isinstance(event, DeadlinePassed) and Extend() in actions
+    if not closing and not cutting:
         assert sum(after.parts[key] != part for key, part in before.parts.items()) <= 1, "one event, one part"
-    assert [part.client for part in announced] == [
-        event.client for part in before.parts.values() if isinstance(event, Returned) and legal_return(before, part, event)
-    ]
+    back = [part.client for part in before.parts.values() if isinstance(event, Returned) and legal_return(before, part, event)]
+    assert [part.client for part in announced] == back + [part.client for part in new]
+
+
+def recruits(round: Round, event: Recruited) -> bool:
+    return round.state is OPEN and event.part.assignment not in round.parts
 
 
 def legal_return(round: Round, part: Part, event: Returned) -> bool:
@@ -556,6 +630,8 @@ def concerns_nobody(round: Round, event: Event) -> bool:
             part = round.parts.get(assignment)
         case Left(client) | Returned(client):
             part = round.part_of(client)
+        case Recruited(recruit):
+            return recruit.assignment in round.parts
         case Arrived(arriving):
             part = round.parts.get(arriving.assignment)
             part = part if part is not None and part.client == arriving.client else None
@@ -567,8 +643,108 @@ def concerns_nobody(round: Round, event: Event) -> bool:
 @given(st.permutations(CLIENTS), st.integers(1, 4))
 def test_the_first_results_to_arrive_count_whoever_sends_them(order: list[str], goal: int) -> None:
     round, actions = play(round_of(CLIENTS, goal, goal), [arrived(client) for client in order])
-    assert round.state is DONE
+    assert round.state is CLOSED
     assert accepted_in(round) == {id_of(client) for client in order[:goal]}
     assert [action.upload.client for action in actions if isinstance(action, Fold)] == order[:goal]
     late = [action for action in actions if isinstance(action, Answer) and action.receipt.verdict is Verdict.LATE]
     assert [action.upload.client for action in late] == order[goal:]
+
+
+# Restarts: what is kept of a round, and the round that is made of it
+
+
+def test_after_a_restart_whoever_had_not_ended_is_away_and_told_again_on_return() -> None:
+    before, _ = play(round_of(["alice", "bob", "carol"], 3, 2), [arrived("alice"), reported("bob", Phase.UPLOADING)])
+    kept = replace(before, parts={key: as_kept(part) for key, part in before.parts.items()})
+    again = resumed(kept)
+    assert states(again) == {"alice": "accepted", "bob": "absent", "carol": "absent"}
+    assert again.parts[id_of("alice")] == before.parts[id_of("alice")]
+    after, actions = step(again, Returned("bob"))
+    assert actions == (Announce(Part(id_of("bob"), "bob")),)
+    closed, _ = play(after, [arrived("bob"), arrived("carol")])
+    assert closed.state is CLOSED
+
+
+def test_what_is_given_up_from_outside_ends_every_part() -> None:
+    round, _ = play(round_of(["alice", "bob"], 2, 2), [arrived("alice")])
+    given_up = discarded(round, "the spool is lost")
+    assert (given_up.state, given_up.reason) == (ABANDONED, "the spool is lost")
+    assert states(given_up) == {"alice": "accepted", "bob": "cancelled"}
+
+
+def test_only_a_closed_round_is_published() -> None:
+    closed, _ = play(round_of(["alice"], 1, 1), [arrived("alice")])
+    assert published(closed) == replace(closed, state=DONE)
+    for state in (OPEN, DONE, ABANDONED):
+        with pytest.raises(AssertionError):
+            published(replace(closed, state=state))
+
+
+class Kept(RuleBasedStateMachine):
+    """A round as its coordinator sees it, and what is on disk: the process may die between any step and its commit, or after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.round = self.disk = round_of(CLIENTS, 3, 2)
+        self.receipts: dict[str, Verdict] = {}
+        self.ended: dict[str, Part] = {}
+        self.published = 0
+
+    def take(self, event: Event, dies: str) -> None:
+        after, actions = step(self.round, event)
+        if dies == "before the commit":
+            return self.restart()
+        self.disk = self.round = after
+        self.disk = replace(after, parts={key: as_kept(part) for key, part in after.parts.items()})
+        if dies == "after the commit":
+            return self.restart()
+        for action in actions:
+            if isinstance(action, Answer) and action.receipt.verdict is Verdict.ACCEPTED:
+                assert action.upload.assignment not in self.receipts, "a receipt is given once"
+                self.receipts[action.upload.assignment] = Verdict.ACCEPTED
+        return None
+
+    def restart(self) -> None:
+        self.round = resumed(self.disk)
+
+    @rule(event=ANY_EVENT, dies=st.sampled_from(["no", "no", "no", "before the commit", "after the commit"]))
+    def something_happens(self, event: Event, dies: str) -> None:
+        self.take(event, dies)
+
+    @rule(client=st.sampled_from(CLIENTS), dies=st.sampled_from(["no", "before the commit", "after the commit"]))
+    def a_result_arrives(self, client: str, dies: str) -> None:
+        self.take(arrived(client), dies)
+
+    @precondition(lambda self: self.round.state is CLOSED)
+    @rule(dies=st.sampled_from(["no", "before the commit", "after the commit"]))
+    def publish(self, dies: str) -> None:
+        if dies == "before the commit":
+            return self.restart()
+        self.disk = self.round = published(self.round)
+        self.published += 1
+        return self.restart() if dies == "after the commit" else None
+
+    @invariant()
+    def a_receipt_holds_for_ever(self) -> None:
+        for assignment in self.receipts:
+            assert self.round.parts[assignment].state is PartState.ACCEPTED
+            assert self.disk.parts[assignment].state is PartState.ACCEPTED
+
+    @invariant()
+    def an_ended_part_never_changes(self) -> None:
+        for key, part in self.disk.parts.items():
+            if part.state not in OPEN_PARTS:
+                assert self.ended.setdefault(key, part) == part
+
+    @invariant()
+    def a_round_is_published_once_and_counts_at_most_its_goal(self) -> None:
+        assert self.published <= 1
+        assert self.disk.count(PartState.ACCEPTED) <= self.disk.goal
+
+    @invariant()
+    def every_assignment_of_an_ended_round_has_ended(self) -> None:
+        if self.disk.state is not OPEN:
+            assert self.disk.count(*OPEN_PARTS) == 0
+
+
+TestKept = Kept.TestCase

@@ -15,19 +15,19 @@ _sym_db = _symbol_database.Default()
 from choral.v1 import model_pb2 as choral_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63horal/v1/federation.proto\x12\tchoral.v1\x1a\x15\x63horal/v1/model.proto\"\x8d\x01\n\rAttendRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.choral.v1.HelloH\x00\x12#\n\x06status\x18\x02 \x01(\x0b\x32\x11.choral.v1.StatusH\x00\x12)\n\theartbeat\x18\x03 \x01(\x0b\x32\x14.choral.v1.HeartbeatH\x00\x42\t\n\x07message\"\xec\x01\n\x0e\x41ttendResponse\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x12.choral.v1.WelcomeH\x00\x12+\n\nassignment\x18\x02 \x01(\x0b\x32\x15.choral.v1.AssignmentH\x00\x12#\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x11.choral.v1.CancelH\x00\x12,\n\x0bnew_version\x18\x04 \x01(\x0b\x32\x15.choral.v1.NewVersionH\x00\x12(\n\tcome_back\x18\x05 \x01(\x0b\x32\x13.choral.v1.ComeBackH\x00\x42\t\n\x07message\"\xb2\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x14\n\x0ctask_version\x18\x05 \x01(\t\x12%\n\x08manifest\x18\x06 \x01(\x0b\x32\x13.choral.v1.Manifest\x12\x10\n\x08\x65xamples\x18\x07 \x01(\x03\x12\x10\n\x08software\x18\x08 \x01(\t\"U\n\x07Welcome\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x13\n\x0bheartbeat_s\x18\x02 \x01(\x01\x12(\n\x07version\x18\x03 \x01(\x0b\x32\x17.choral.v1.ModelVersion\"\x0b\n\tHeartbeat\"M\n\x06Status\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x1f\n\x05phase\x18\x02 \x01(\x0e\x32\x10.choral.v1.Phase\x12\x0e\n\x06reason\x18\x03 \x01(\t\"p\n\nAssignment\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x03\x12(\n\x07version\x18\x03 \x01(\x0b\x32\x17.choral.v1.ModelVersion\x12\x1d\n\x04plan\x18\x04 \x01(\x0b\x32\x0f.choral.v1.Plan\"\xa9\x01\n\x04Plan\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.choral.v1.RoundKind\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x14\n\x0ctask_version\x18\x03 \x01(\t\x12\x0e\n\x06\x65pochs\x18\x04 \x01(\x05\x12\x12\n\nbatch_size\x18\x05 \x01(\x05\x12\x15\n\rlearning_rate\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x10\n\x08\x65valuate\x18\x08 \x01(\x08\",\n\x06\x43\x61ncel\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"6\n\nNewVersion\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.choral.v1.ModelVersion\"<\n\x08\x43omeBack\x12\x14\n\x07\x61\x66ter_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x02 \x01(\tB\n\n\x08_after_s\"2\n\x0f\x44ownloadRequest\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"3\n\x10\x44ownloadResponse\x12\x1f\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x10.choral.v1.Chunk\"\x95\x01\n\rUploadRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.choral.v1.UploadHeaderH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.choral.v1.ChunkH\x00\x12+\n\x07trailer\x18\x03 \x01(\x0b\x32\x18.choral.v1.UploadTrailerH\x00\x42\t\n\x07message\"\xea\x01\n\x0cUploadHeader\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x03\x12\'\n\x07payload\x18\x04 \x01(\x0e\x32\x16.choral.v1.PayloadKind\x12\x15\n\rpayload_bytes\x18\x05 \x01(\x03\x12#\n\x08held_out\x18\x06 \x03(\x0b\x32\x11.choral.v1.Metric\x12\x1f\n\x04work\x18\x07 \x03(\x0b\x32\x11.choral.v1.Metric\x12\x0e\n\x06\x64igest\x18\x08 \x01(\x0c\x12\x0e\n\x06offset\x18\t \x01(\x03\"\x1f\n\rUploadTrailer\x12\x0e\n\x06\x63hunks\x18\x01 \x01(\x03\"E\n\x0eUploadResponse\x12#\n\x07verdict\x18\x01 \x01(\x0e\x32\x12.choral.v1.Verdict\x12\x0e\n\x06reason\x18\x02 \x01(\t\">\n\x13ResumeUploadRequest\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.choral.v1.UploadHeader\"`\n\x14ResumeUploadResponse\x12\x10\n\x06offset\x18\x01 \x01(\x03H\x00\x12,\n\x07receipt\x18\x02 \x01(\x0b\x32\x19.choral.v1.UploadResponseH\x00\x42\x08\n\x06\x61nswer*q\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x15\n\x11PHASE_DOWNLOADING\x10\x01\x12\x11\n\rPHASE_WORKING\x10\x02\x12\x13\n\x0fPHASE_UPLOADING\x10\x03\x12\x12\n\x0ePHASE_DECLINED\x10\x04*w\n\x0bPayloadKind\x12\x1c\n\x18PAYLOAD_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12PAYLOAD_KIND_DELTA\x10\x01\x12\x1b\n\x17PAYLOAD_KIND_STATISTICS\x10\x02\x12\x15\n\x11PAYLOAD_KIND_NONE\x10\x03*v\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x14\n\x10VERDICT_ACCEPTED\x10\x01\x12\x15\n\x11VERDICT_DUPLICATE\x10\x02\x12\x10\n\x0cVERDICT_LATE\x10\x03\x12\x13\n\x0fVERDICT_REFUSED\x10\x04\x32\xa8\x02\n\nFederation\x12\x41\n\x06\x41ttend\x12\x18.choral.v1.AttendRequest\x1a\x19.choral.v1.AttendResponse(\x01\x30\x01\x12\x45\n\x08\x44ownload\x12\x1a.choral.v1.DownloadRequest\x1a\x1b.choral.v1.DownloadResponse0\x01\x12?\n\x06Upload\x12\x18.choral.v1.UploadRequest\x1a\x19.choral.v1.UploadResponse(\x01\x12O\n\x0cResumeUpload\x12\x1e.choral.v1.ResumeUploadRequest\x1a\x1f.choral.v1.ResumeUploadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63horal/v1/federation.proto\x12\tchoral.v1\x1a\x15\x63horal/v1/model.proto\"\x8d\x01\n\rAttendRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.choral.v1.HelloH\x00\x12#\n\x06status\x18\x02 \x01(\x0b\x32\x11.choral.v1.StatusH\x00\x12)\n\theartbeat\x18\x03 \x01(\x0b\x32\x14.choral.v1.HeartbeatH\x00\x42\t\n\x07message\"\xec\x01\n\x0e\x41ttendResponse\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x12.choral.v1.WelcomeH\x00\x12+\n\nassignment\x18\x02 \x01(\x0b\x32\x15.choral.v1.AssignmentH\x00\x12#\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x11.choral.v1.CancelH\x00\x12,\n\x0bnew_version\x18\x04 \x01(\x0b\x32\x15.choral.v1.NewVersionH\x00\x12(\n\tcome_back\x18\x05 \x01(\x0b\x32\x13.choral.v1.ComeBackH\x00\x42\t\n\x07message\"\xb2\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x14\n\x0ctask_version\x18\x05 \x01(\t\x12%\n\x08manifest\x18\x06 \x01(\x0b\x32\x13.choral.v1.Manifest\x12\x10\n\x08\x65xamples\x18\x07 \x01(\x03\x12\x10\n\x08software\x18\x08 \x01(\t\"e\n\x07Welcome\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x13\n\x0bheartbeat_s\x18\x02 \x01(\x01\x12(\n\x07version\x18\x03 \x01(\x0b\x32\x17.choral.v1.ModelVersion\x12\x0e\n\x06notice\x18\x04 \x01(\t\"\x0b\n\tHeartbeat\"M\n\x06Status\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x1f\n\x05phase\x18\x02 \x01(\x0e\x32\x10.choral.v1.Phase\x12\x0e\n\x06reason\x18\x03 \x01(\t\"p\n\nAssignment\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x03\x12(\n\x07version\x18\x03 \x01(\x0b\x32\x17.choral.v1.ModelVersion\x12\x1d\n\x04plan\x18\x04 \x01(\x0b\x32\x0f.choral.v1.Plan\"\xa9\x01\n\x04Plan\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.choral.v1.RoundKind\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x14\n\x0ctask_version\x18\x03 \x01(\t\x12\x0e\n\x06\x65pochs\x18\x04 \x01(\x05\x12\x12\n\nbatch_size\x18\x05 \x01(\x05\x12\x15\n\rlearning_rate\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x10\n\x08\x65valuate\x18\x08 \x01(\x08\",\n\x06\x43\x61ncel\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"6\n\nNewVersion\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.choral.v1.ModelVersion\"<\n\x08\x43omeBack\x12\x14\n\x07\x61\x66ter_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x02 \x01(\tB\n\n\x08_after_s\"B\n\x0f\x44ownloadRequest\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\"3\n\x10\x44ownloadResponse\x12\x1f\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x10.choral.v1.Chunk\"\x95\x01\n\rUploadRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.choral.v1.UploadHeaderH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.choral.v1.ChunkH\x00\x12+\n\x07trailer\x18\x03 \x01(\x0b\x32\x18.choral.v1.UploadTrailerH\x00\x42\t\n\x07message\"\xea\x01\n\x0cUploadHeader\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x03\x12\'\n\x07payload\x18\x04 \x01(\x0e\x32\x16.choral.v1.PayloadKind\x12\x15\n\rpayload_bytes\x18\x05 \x01(\x03\x12#\n\x08held_out\x18\x06 \x03(\x0b\x32\x11.choral.v1.Metric\x12\x1f\n\x04work\x18\x07 \x03(\x0b\x32\x11.choral.v1.Metric\x12\x0e\n\x06\x64igest\x18\x08 \x01(\x0c\x12\x0e\n\x06offset\x18\t \x01(\x03\"\x1f\n\rUploadTrailer\x12\x0e\n\x06\x63hunks\x18\x01 \x01(\x03\"E\n\x0eUploadResponse\x12#\n\x07verdict\x18\x01 \x01(\x0e\x32\x12.choral.v1.Verdict\x12\x0e\n\x06reason\x18\x02 \x01(\t\">\n\x13ResumeUploadRequest\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.choral.v1.UploadHeader\"`\n\x14ResumeUploadResponse\x12\x10\n\x06offset\x18\x01 \x01(\x03H\x00\x12,\n\x07receipt\x18\x02 \x01(\x0b\x32\x19.choral.v1.UploadResponseH\x00\x42\x08\n\x06\x61nswer*q\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x15\n\x11PHASE_DOWNLOADING\x10\x01\x12\x11\n\rPHASE_WORKING\x10\x02\x12\x13\n\x0fPHASE_UPLOADING\x10\x03\x12\x12\n\x0ePHASE_DECLINED\x10\x04*w\n\x0bPayloadKind\x12\x1c\n\x18PAYLOAD_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12PAYLOAD_KIND_DELTA\x10\x01\x12\x1b\n\x17PAYLOAD_KIND_STATISTICS\x10\x02\x12\x15\n\x11PAYLOAD_KIND_NONE\x10\x03*v\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x14\n\x10VERDICT_ACCEPTED\x10\x01\x12\x15\n\x11VERDICT_DUPLICATE\x10\x02\x12\x10\n\x0cVERDICT_LATE\x10\x03\x12\x13\n\x0fVERDICT_REFUSED\x10\x04\x32\xa8\x02\n\nFederation\x12\x41\n\x06\x41ttend\x12\x18.choral.v1.AttendRequest\x1a\x19.choral.v1.AttendResponse(\x01\x30\x01\x12\x45\n\x08\x44ownload\x12\x1a.choral.v1.DownloadRequest\x1a\x1b.choral.v1.DownloadResponse0\x01\x12?\n\x06Upload\x12\x18.choral.v1.UploadRequest\x1a\x19.choral.v1.UploadResponse(\x01\x12O\n\x0cResumeUpload\x12\x1e.choral.v1.ResumeUploadRequest\x1a\x1f.choral.v1.ResumeUploadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'choral.v1.federation_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_PHASE']._serialized_start=2017
-  _globals['_PHASE']._serialized_end=2130
-  _globals['_PAYLOADKIND']._serialized_start=2132
-  _globals['_PAYLOADKIND']._serialized_end=2251
-  _globals['_VERDICT']._serialized_start=2253
-  _globals['_VERDICT']._serialized_end=2371
+  _globals['_PHASE']._serialized_start=2049
+  _globals['_PHASE']._serialized_end=2162
+  _globals['_PAYLOADKIND']._serialized_start=2164
+  _globals['_PAYLOADKIND']._serialized_end=2283
+  _globals['_VERDICT']._serialized_start=2285
+  _globals['_VERDICT']._serialized_end=2403
   _globals['_ATTENDREQUEST']._serialized_start=65
   _globals['_ATTENDREQUEST']._serialized_end=206
   _globals['_ATTENDRESPONSE']._serialized_start=209
@@ -35,37 +35,37 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_HELLO']._serialized_start=448
   _globals['_HELLO']._serialized_end=626
   _globals['_WELCOME']._serialized_start=628
-  _globals['_WELCOME']._serialized_end=713
-  _globals['_HEARTBEAT']._serialized_start=715
-  _globals['_HEARTBEAT']._serialized_end=726
-  _globals['_STATUS']._serialized_start=728
-  _globals['_STATUS']._serialized_end=805
-  _globals['_ASSIGNMENT']._serialized_start=807
-  _globals['_ASSIGNMENT']._serialized_end=919
-  _globals['_PLAN']._serialized_start=922
-  _globals['_PLAN']._serialized_end=1091
-  _globals['_CANCEL']._serialized_start=1093
-  _globals['_CANCEL']._serialized_end=1137
-  _globals['_NEWVERSION']._serialized_start=1139
-  _globals['_NEWVERSION']._serialized_end=1193
-  _globals['_COMEBACK']._serialized_start=1195
-  _globals['_COMEBACK']._serialized_end=1255
-  _globals['_DOWNLOADREQUEST']._serialized_start=1257
-  _globals['_DOWNLOADREQUEST']._serialized_end=1307
-  _globals['_DOWNLOADRESPONSE']._serialized_start=1309
-  _globals['_DOWNLOADRESPONSE']._serialized_end=1360
-  _globals['_UPLOADREQUEST']._serialized_start=1363
-  _globals['_UPLOADREQUEST']._serialized_end=1512
-  _globals['_UPLOADHEADER']._serialized_start=1515
-  _globals['_UPLOADHEADER']._serialized_end=1749
-  _globals['_UPLOADTRAILER']._serialized_start=1751
-  _globals['_UPLOADTRAILER']._serialized_end=1782
-  _globals['_UPLOADRESPONSE']._serialized_start=1784
-  _globals['_UPLOADRESPONSE']._serialized_end=1853
-  _globals['_RESUMEUPLOADREQUEST']._serialized_start=1855
-  _globals['_RESUMEUPLOADREQUEST']._serialized_end=1917
-  _globals['_RESUMEUPLOADRESPONSE']._serialized_start=1919
-  _globals['_RESUMEUPLOADRESPONSE']._serialized_end=2015
-  _globals['_FEDERATION']._serialized_start=2374
-  _globals['_FEDERATION']._serialized_end=2670
+  _globals['_WELCOME']._serialized_end=729
+  _globals['_HEARTBEAT']._serialized_start=731
+  _globals['_HEARTBEAT']._serialized_end=742
+  _globals['_STATUS']._serialized_start=744
+  _globals['_STATUS']._serialized_end=821
+  _globals['_ASSIGNMENT']._serialized_start=823
+  _globals['_ASSIGNMENT']._serialized_end=935
+  _globals['_PLAN']._serialized_start=938
+  _globals['_PLAN']._serialized_end=1107
+  _globals['_CANCEL']._serialized_start=1109
+  _globals['_CANCEL']._serialized_end=1153
+  _globals['_NEWVERSION']._serialized_start=1155
+  _globals['_NEWVERSION']._serialized_end=1209
+  _globals['_COMEBACK']._serialized_start=1211
+  _globals['_COMEBACK']._serialized_end=1271
+  _globals['_DOWNLOADREQUEST']._serialized_start=1273
+  _globals['_DOWNLOADREQUEST']._serialized_end=1339
+  _globals['_DOWNLOADRESPONSE']._serialized_start=1341
+  _globals['_DOWNLOADRESPONSE']._serialized_end=1392
+  _globals['_UPLOADREQUEST']._serialized_start=1395
+  _globals['_UPLOADREQUEST']._serialized_end=1544
+  _globals['_UPLOADHEADER']._serialized_start=1547
+  _globals['_UPLOADHEADER']._serialized_end=1781
+  _globals['_UPLOADTRAILER']._serialized_start=1783
+  _globals['_UPLOADTRAILER']._serialized_end=1814
+  _globals['_UPLOADRESPONSE']._serialized_start=1816
+  _globals['_UPLOADRESPONSE']._serialized_end=1885
+  _globals['_RESUMEUPLOADREQUEST']._serialized_start=1887
+  _globals['_RESUMEUPLOADREQUEST']._serialized_end=1949
+  _globals['_RESUMEUPLOADRESPONSE']._serialized_start=1951
+  _globals['_RESUMEUPLOADRESPONSE']._serialized_end=2047
+  _globals['_FEDERATION']._serialized_start=2406
+  _globals['_FEDERATION']._serialized_end=2702
 # @@protoc_insertion_point(module_scope)

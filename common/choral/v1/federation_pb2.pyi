@@ -255,10 +255,13 @@ class Welcome(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     HEARTBEAT_S_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    NOTICE_FIELD_NUMBER: builtins.int
     run: builtins.str
     """The run that it takes part in."""
     heartbeat_s: builtins.float
     """Longest pause between two messages from the client. Unit: seconds."""
+    notice: builtins.str
+    """What the client's owner should know, in words for people, e.g. that the client is quarantined; usually empty."""
     @property
     def version(self) -> choral.v1.model_pb2.ModelVersion:
         """The newest version."""
@@ -269,9 +272,10 @@ class Welcome(google.protobuf.message.Message):
         run: builtins.str = ...,
         heartbeat_s: builtins.float = ...,
         version: choral.v1.model_pb2.ModelVersion | None = ...,
+        notice: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["version", b"version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["heartbeat_s", b"heartbeat_s", "run", b"run", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["heartbeat_s", b"heartbeat_s", "notice", b"notice", "run", b"run", "version", b"version"]) -> None: ...
 
 global___Welcome = Welcome
 
@@ -469,17 +473,21 @@ class DownloadRequest(google.protobuf.message.Message):
 
     VERSION_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
+    CLIENT_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Number of the version."""
     offset: builtins.int
     """Where to begin in the checkpoint file. Unit: bytes."""
+    client: builtins.str
+    """Name of the client that fetches it, so that a download that advances is not taken for a client that stands still."""
     def __init__(
         self,
         *,
         version: builtins.int = ...,
         offset: builtins.int = ...,
+        client: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["offset", b"offset", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "offset", b"offset", "version", b"version"]) -> None: ...
 
 global___DownloadRequest = DownloadRequest
 

@@ -1,0 +1,57 @@
+"""`choral doctor`: why a run is not moving, asked of the coordinator, or of what it needs if there is none."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def doctor(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The coordinator's configuration file.")] = Path("choral.yaml"),
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say why the run moves, or does not; exit code 0 if nothing is in the way."""
+    from choral.errors import Unreachable
+    from choral.v1 import admin_pb2
+    from choral_server.config import load
+
+    settings = load(config)
+    try:
+        answer = asyncio.run(_ask(settings.admin_socket))
+    except Unreachable as error:
+        from choral_server.checkup import check_up
+
+        findings = asyncio.run(check_up(settings))
+        told = admin_pb2.Finding(subject="coordinator", good=False, found=str(error), cure="start `choral server`")
+        kept = [admin_pb2.Finding(subject=f.subject, good=f.good, found=f.found, cure=f.cure) for f in findings]
+        answer = admin_pb2.DiagnoseResponse(moving=False, findings=[told, *kept])
+    _show(answer, json)
+    if not answer.moving:
+        raise typer.Exit(1)
+
+
+async def _ask(socket: Path) -> Any:
+    from choral.v1 import admin_pb2
+
+    from choral_deploy.operator import Operator
+
+    async with Operator(socket).stub() as admin:
+        return await admin.Diagnose(admin_pb2.DiagnoseRequest())
+
+
+def _show(answer: Any, as_json: bool) -> None:
+    if as_json:
+        from google.protobuf.json_format import MessageToJson
+
+        typer.echo(MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "what", "found", "what to do")
+    for finding in answer.findings:
+        table.add_row("[green]✓[/]" if finding.good else "[red]✗[/]", finding.subject, finding.found, finding.cure)
+    Console().print(table)

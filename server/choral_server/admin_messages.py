@@ -1,0 +1,140 @@
+"""Records as operators get them: to protobuf."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from choral import wire
+from choral.v1 import admin_pb2 as pb
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from choral_server.diagnosis import Finding
+from choral_server.records import ClientRecord, EventRecord, Record, RunRecord, RunState, VersionRecord
+from choral_server.rounds import Part, Round, RoundState
+
+_RUN_STATES = {
+    RunState.WAITING: pb.RUN_STATE_WAITING,
+    RunState.IN_ROUND: pb.RUN_STATE_IN_ROUND,
+    RunState.PAUSED: pb.RUN_STATE_PAUSED,
+    RunState.FINISHED: pb.RUN_STATE_FINISHED,
+    RunState.STOPPED: pb.RUN_STATE_STOPPED,
+    RunState.FAILED: pb.RUN_STATE_FAILED,
+}
+_ROUND_STATES = {
+    RoundState.OPEN: pb.ROUND_STATE_OPEN,
+    RoundState.CLOSED: pb.ROUND_STATE_CLOSED,
+    RoundState.DONE: pb.ROUND_STATE_DONE,
+    RoundState.ABANDONED: pb.ROUND_STATE_ABANDONED,
+}
+
+
+def change(record: Record) -> pb.WatchResponse:
+    """A record as a change of it."""
+    match record:
+        case RunRecord():
+            return pb.WatchResponse(run=run(record))
+        case Round():
+            return pb.WatchResponse(round=round_(record))
+        case ClientRecord():
+            return pb.WatchResponse(client=client(record))
+        case VersionRecord():
+            return pb.WatchResponse(version=version(record))
+        case EventRecord():
+            return pb.WatchResponse(event=event(record))
+
+
+def run(record: RunRecord) -> pb.Run:
+    """To protobuf."""
+    return pb.Run(
+        name=record.name,
+        task=record.task,
+        state=_RUN_STATES[record.state],
+        reason=record.reason,
+        rounds_planned=record.rounds_planned,
+        rounds_done=record.rounds_done,
+        latest_version=record.latest,
+        best_version=record.progress.best,
+        next_round_at=_timestamp(record.next_round_at),
+    )
+
+
+def round_(record: Round) -> pb.Round:
+    """To protobuf."""
+    return pb.Round(
+        run=record.run,
+        number=record.number,
+        kind=wire.KINDS[record.kind],
+        state=_ROUND_STATES[record.state],
+        reason=record.reason,
+        version=record.version,
+        parts=map(_part, record.parts.values()),
+        opened_at=_timestamp(record.opened_at),
+        duration_s=record.duration_s,
+        goal=record.goal,
+        quorum=record.quorum,
+    )
+
+
+def _part(part: Part) -> pb.Part:
+    return pb.Part(
+        assignment=part.assignment,
+        client=part.client,
+        state=part.state.value,
+        reason=part.reason,
+        examples=part.examples,
+        held_out=wire.metrics_to_pb(part.held_out),
+        work=wire.metrics_to_pb(part.work),
+    )
+
+
+def client(record: ClientRecord) -> pb.Client:
+    """To protobuf."""
+    return pb.Client(
+        name=record.name,
+        attending=record.attending,
+        examples=record.examples,
+        software=record.software,
+        address=record.address,
+        heard_at=_timestamp(record.heard_at),
+        accepted=record.accepted,
+        reason=record.reason,
+        refused=record.refused,
+        quarantine=record.quarantine,
+    )
+
+
+def version(record: VersionRecord) -> pb.Version:
+    """To protobuf."""
+    return pb.Version(
+        run=record.run,
+        version=wire.version_to_pb(record.version),
+        test=wire.metrics_to_pb(record.test),
+        clients=wire.metrics_to_pb(record.clients),
+        checkpoint=record.checkpoint,
+        published_at=_timestamp(record.published_at),
+    )
+
+
+def event(record: EventRecord) -> pb.Event:
+    """To protobuf."""
+    return pb.Event(
+        at=_timestamp(record.at),
+        what=record.what,
+        run=record.run,
+        round=record.round,
+        client=record.client,
+        told=record.told,
+    )
+
+
+def finding(found: Finding) -> pb.Finding:
+    """To protobuf."""
+    return pb.Finding(subject=found.subject, good=found.good, found=found.found, cure=found.cure)
+
+
+def _timestamp(moment: datetime | None) -> Timestamp | None:
+    if moment is None:
+        return None
+    stamp = Timestamp()
+    stamp.FromDatetime(moment)
+    return stamp

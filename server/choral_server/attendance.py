@@ -1,0 +1,108 @@
+"""What clients do, as the coordinator takes it: they come, go, report, and send results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import structlog
+from choral.errors import ConfigError, UpdateRefused, WrongState
+from choral.messages import Phase, Receipt, Status, UploadHeader, Welcome
+
+from choral_server.collection import Collection, House
+from choral_server.records import ClientRecord, EventRecord
+from choral_server.rounds import receipt_after
+from choral_server.run import Run
+from choral_server.sessions import Session
+from choral_server.standing import release
+
+log = structlog.get_logger()
+
+
+class Attendance:
+    """Keeps the clients' records, and passes what they do to the round under way."""
+
+    def __init__(self, house: House, heartbeat_s: float, wake: Callable[[], None]) -> None:
+        self._house = house
+        self._heartbeat_s = heartbeat_s
+        self._wake = wake
+        self.collection: Collection | None = None
+
+    def joined(self, session: Session, run: Run) -> Welcome:
+        """A client attends; what it is told first. It hears of its part in the round under way right after."""
+        house = self._house
+        known = house.store.clients.get(session.client)
+        record = ClientRecord(
+            session.client, True, session.examples, session.software, session.address, house.clock(), known.accepted if known else 0
+        )
+        if known is not None:
+            record = replace(record, refused=known.refused, quarantine=known.quarantine)
+        house.store.later(record)
+        log.info("client joined", client=session.client, address=session.address, examples=session.examples)
+        if self.collection is not None:
+            self.collection.returned(session.client)
+        self._wake()
+        notice = f"this client is quarantined: {record.quarantine}; the coordinator's operator can release it"
+        return Welcome(run.record.name, self._heartbeat_s, run.version, notice if record.quarantine else "")
+
+    def left(self, session: Session, reason: str) -> None:
+        """A client's session has ended."""
+        house = self._house
+        client = house.store.clients[session.client]
+        house.store.later(replace(client, attending=False, heard_at=house.clock(), reason=reason))
+        log.info("client left", client=session.client, reason=reason)
+        if self.collection is not None:
+            self.collection.left(session.client)
+        self._wake()
+
+    def reported(self, session: Session, status: Status) -> None:
+        """A client says how its assignment goes."""
+        if status.phase is Phase.DECLINED:
+            log.warning("client declines", client=session.client, assignment=status.assignment, reason=status.reason)
+        if self.collection is not None:
+            self.collection.reported(session.client, status)
+
+    def heard(self, session: Session) -> None:
+        """A client says that it is alive."""
+        store = self._house.store
+        store.clients[session.client] = replace(store.clients[session.client], heard_at=self._house.clock())
+
+    async def expects(self, header: UploadHeader) -> Receipt | Collection:
+        """Who takes the bytes of an upload, or the receipt that it gets instead. Raises UpdateRefused."""
+        client = self._house.store.clients.get(header.client)
+        if client is not None and client.quarantine:
+            raise UpdateRefused(f"client {header.client} is quarantined: {client.quarantine}")
+        current = self.collection
+        if current is not None and header.assignment in current.round.parts:
+            return current.expects(header) or current
+        part = await self._house.store.part(header.assignment)
+        if part is None or part.client != header.client:
+            raise UpdateRefused(f"assignment {header.assignment} is unknown: nobody named {header.client} was asked for it")
+        return receipt_after(part)
+
+    async def quarantine(self, name: str, reason: str) -> ClientRecord:
+        """Ask and take no result from a client until it is released. Raises ConfigError: it is unknown."""
+        after = replace(self._known(name), quarantine=reason)
+        return await self._keep(after, EventRecord(self._house.clock(), "client quarantined", reason, client=name))
+
+    async def release(self, name: str) -> ClientRecord:
+        """Let a quarantined client take part again. Raises ConfigError or WrongState: it is unknown or was not quarantined."""
+        client = self._known(name)
+        if not client.quarantine:
+            raise WrongState(f"client {name} is not quarantined; there is nothing to release it from")
+        told = f"it was quarantined: {client.quarantine}"
+        return await self._keep(release(client), EventRecord(self._house.clock(), "client released", told, client=name))
+
+    def _known(self, name: str) -> ClientRecord:
+        known = self._house.store.clients
+        if name not in known:
+            raise ConfigError(f"client {name!r} is unknown; there are {', '.join(sorted(known)) or 'none yet'}")
+        return known[name]
+
+    async def _keep(self, client: ClientRecord, event: EventRecord) -> ClientRecord:
+        await self._house.store.commit(client, event)
+        log.info(event.what, client=client.name, reason=event.told)
+        if self.collection is not None:
+            self.collection.recruit()
+        self._wake()
+        return client

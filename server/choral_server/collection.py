@@ -1,0 +1,334 @@
+"""A round under way: events go in, the state machine says what follows, and that is committed before anyone hears of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+import structlog
+from choral.errors import UpdateRefused
+from choral.messages import Assignment, Cancel, Phase, Receipt, Status, UploadHeader, Verdict
+from choral.plan import Kind, Plan, seed_for
+
+from choral_server import cohort, failpoints
+from choral_server.aggregate import WeightedSum
+from choral_server.failpoints import Step, Transition
+from choral_server.intake import Bounds, check_header, payload_bytes
+from choral_server.offload import offload
+from choral_server.records import Record
+from choral_server.rounds import (
+    AT_WORK,
+    ENDED,
+    OPEN_PARTS,
+    Action,
+    Announce,
+    Answer,
+    Arrived,
+    DeadlinePassed,
+    Event,
+    Extend,
+    Fold,
+    Left,
+    Part,
+    PartState,
+    Recruited,
+    Rejected,
+    Reported,
+    Returned,
+    Round,
+    RoundState,
+    Stopped,
+    Upload,
+    Withdraw,
+    as_kept,
+    receipt_after,
+    resumed,
+    step,
+)
+from choral_server.run import Run
+from choral_server.sessions import Sessions
+from choral_server.spool import DISK, RoundSpool
+from choral_server.standing import consequences
+from choral_server.store import Store
+from choral_server.transfers import Transfers
+from choral_server.troubles import Troubles
+
+log = structlog.get_logger()
+_TROUBLED_S = 1.0  # how often a deadline that came in bad times is looked at again
+
+
+@dataclass(frozen=True)
+class House:
+    """What every round works with. `spool_bytes` of updates stay on disk after they were added; `clock` tells the date."""
+
+    store: Store
+    sessions: Sessions
+    transfers: Transfers
+    troubles: Troubles
+    spool_bytes: int
+    clock: Callable[[], datetime]
+
+    def eligible(self) -> tuple[str, ...]:
+        """Who attends and may be asked."""
+        return tuple(name for name in self.sessions.present() if not self.store.clients[name].quarantine)
+
+
+class Collection:
+    """Collects the results of one round."""
+
+    def __init__(self, run: Run, round: Round, spool: RoundSpool, house: House) -> None:
+        self.run = run
+        self.round = round
+        self.spool = spool
+        self.aggregate = run.aggregate(round.kind)
+        self._house = house
+        self._inbox: asyncio.Queue[Event] = asyncio.Queue()
+        self._waiting_for: dict[int, tuple[Upload, asyncio.Future[Receipt]]] = {}
+        self._folded: list[Part] = []  # what the sum holds but not yet its copy on disk
+        self._timers: list[asyncio.TimerHandle] = []
+        self._began = time.monotonic()
+        self._left: dict[str, float] = {}
+
+    # The round, from top to bottom
+
+    async def restore(self) -> None:
+        """Take up a round that an earlier process left: what was accepted is added again.
+
+        Raises UpdateRefused: an accepted result is not on disk any more, or cannot be read.
+        """
+        self.round = resumed(self.round)
+        self._left = {part.client: self._began for part in self.round.parts.values() if part.state is PartState.ABSENT}
+        self._later(self.run.settings.absence_s, self.recruit)
+        accepted = [part for part in self.round.parts.values() if part.state is PartState.ACCEPTED]
+        if self.aggregate is None:
+            return
+        contained: frozenset[str] = frozenset()
+        if isinstance(self.aggregate, WeightedSum) and self.spool.sum_path.exists():
+            size, cap = self.run.model.manifest.size, self.run.settings.weight_cap
+            try:
+                self.aggregate = await offload(8 * size, WeightedSum.load, self.spool.sum_path, size, cap)
+            except ValueError as error:
+                raise UpdateRefused(str(error)) from error
+            contained = self.aggregate.contained
+            self.spool.drop(part for part in accepted if part.assignment in contained)
+        rest = [part for part in accepted if part.assignment not in contained]
+        if missing := self.spool.missing(rest):
+            raise UpdateRefused(f"the accepted results of {', '.join(missing)} are not in the spool any more")
+        for part in rest:
+            await self._fold(part)
+
+    async def collect(self) -> Round:
+        """Ask the cohort, and take what comes until the round closes."""
+        for part in self.round.parts.values():
+            if part.state is PartState.ANNOUNCED:
+                self._announce(part)
+        self._later(self.run.settings.deadline_s, self._deadline)
+        try:
+            while self.round.state is RoundState.OPEN or not self._inbox.empty():  # what came with the last result is answered too
+                after, actions = self.round, list[Action]()
+                async for event in self._waiting():  # one commit for all that waits
+                    after, more = step(after, event)
+                    actions += more
+                await self._move(after)
+                for action in actions:
+                    await self._act(action)
+        finally:
+            for timer in self._timers:
+                timer.cancel()
+        return self.round
+
+    async def _waiting(self) -> AsyncIterator[Event]:
+        yield await self._inbox.get()
+        while not self._inbox.empty():
+            yield self._inbox.get_nowait()
+
+    async def _move(self, after: Round) -> None:
+        """Store what the round has become; nobody has heard of it yet."""
+        before, house = self.round, self._house
+        if after.state in ENDED:
+            after = replace(after, duration_s=self.elapsed_s)
+        changed = [part for name, part in after.parts.items() if _differs(before.parts.get(name), part)]
+        if changed or after.state is not before.state:
+            ended = (part for part in changed if part.state not in OPEN_PARTS)
+            others = consequences(after, ended, house.store.clients, self.run.settings.quarantine_after, house.clock())
+            at = Transition.PARTS_CHANGED if after.state is RoundState.OPEN else Transition.ROUND_CLOSED
+            records: list[Record] = [after, *others]
+            await house.store.commit(*records, at=at)
+        else:
+            house.store.tell(after)
+        self.round = after
+
+    async def _act(self, action: Action) -> None:
+        match action:
+            case Announce(part):
+                self._announce(part)
+            case Withdraw(part):
+                self._house.sessions.say(part.client, Cancel(part.assignment, part.reason))
+            case Answer(upload, receipt):
+                self._answer(upload, receipt)
+            case Fold(upload):
+                await self._fold(self.round.parts[upload.assignment])
+            case Extend():
+                self._later(min(self.run.settings.stall_s, self._extensible_s()), self._deadline)
+
+    def _announce(self, part: Part) -> None:
+        """Tell one client what it is asked to do."""
+        run, current = self.run, self.round
+        seed = seed_for(run.settings.seed, current.version, part.client)
+        evaluate = current.kind is not Kind.STATISTICS and run.clients_measure
+        plan = Plan(current.kind, run.record.task, run.record.task_version, run.training, seed, evaluate)
+        self._house.sessions.say(part.client, Assignment(part.assignment, current.number, run.version, plan))
+
+    def _answer(self, upload: Upload, receipt: Receipt) -> None:
+        if receipt.verdict is not Verdict.ACCEPTED:
+            log.warning("upload not counted", client=upload.client, verdict=receipt.verdict.value, reason=receipt.reason)
+            self._discard(upload)
+        _, waiting = self._waiting_for.pop(id(upload))
+        if not waiting.done():  # its call may have broken
+            waiting.set_result(receipt)
+
+    async def _fold(self, part: Part) -> None:
+        """Add an accepted result; now and then the sum goes to disk, and what it contains from there."""
+        if self.aggregate is None:
+            return
+        await offload(self.run.version.size_bytes, self.aggregate.fold, part, self.spool.path(part.client, part.digest))
+        failpoints.reach(Step.UPLOAD_FOLDED.value)
+        self._folded.append(part)
+        size = 4 * self.run.model.manifest.size
+        if isinstance(self.aggregate, WeightedSum) and len(self._folded) * size > self._house.spool_bytes:
+            try:
+                await offload(2 * size, self.aggregate.save, self.spool.sum_path)
+            except OSError as error:
+                self._house.troubles.found(DISK, f"{self.spool.sum_path} cannot be written ({error.strerror})")
+                return
+            failpoints.reach(Step.SUM_WRITTEN.value)
+            self.spool.drop(self._folded)
+            self._folded.clear()
+            failpoints.reach(Step.SUM_CONTAINED_DELETED.value)
+
+    def _discard(self, upload: Upload) -> None:
+        """Delete an upload that does not count, unless it is the very file of the one that does."""
+        part = self.round.parts.get(upload.assignment)
+        if part is None or part.state is not PartState.ACCEPTED or part.digest != upload.digest:
+            self.spool.discard(upload.path)
+
+    # Time
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the round opened; since the restart, if this process did not open it."""
+        return time.monotonic() - self._began
+
+    def timed(self) -> Round:
+        """The round with the time that it took until now."""
+        return replace(self.round, duration_s=self.elapsed_s)
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        self._timers.append(asyncio.get_running_loop().call_later(seconds, call))
+
+    def _deadline(self) -> None:
+        """Time is up, unless we are in trouble ourselves or transfers advance."""
+        if self._house.troubles.present:
+            self._later(_TROUBLED_S, self._deadline)
+            return
+        settings = self.run.settings
+        moving = self._house.transfers.advancing(settings.stall_s) if self._extensible_s() > 0 else frozenset()
+        advancing = frozenset(part.assignment for part in self.round.parts.values() if part.client in moving)
+        self._inbox.put_nowait(DeadlinePassed(settings.deadline_s, advancing))
+
+    def _extensible_s(self) -> float:
+        """By how much the deadline can still be moved."""
+        settings = self.run.settings
+        longest = settings.deadline_s if settings.extension_s is None else settings.extension_s
+        return settings.deadline_s + longest - self.elapsed_s
+
+    def recruit(self) -> None:
+        """Ask others in place of those who are away for too long or will not do it, if there is time."""
+        settings, current = self.run.settings, self.round
+        if current.kind is not Kind.TRAINING or current.state is not RoundState.OPEN or self.elapsed_s > settings.deadline_s / 2:
+            return
+        awaited = [part for part in current.parts.values() if part.state is PartState.ABSENT and self._is_back_soon(part.client)]
+        wanted = current.goal - current.count(PartState.ACCEPTED, *AT_WORK) - len(awaited)
+        taken = {part.client for part in current.parts.values()}
+        spare = [client for client in self._house.eligible() if client not in taken]
+        for client in cohort.choose(settings.seed, current.number, spare, max(0, wanted)):
+            self._inbox.put_nowait(Recruited(Part(assignment_id(current.run, current.number, client), client)))
+
+    def _is_back_soon(self, client: str) -> bool:
+        return time.monotonic() - self._left.get(client, self._began) < self.run.settings.absence_s
+
+    # What clients do
+
+    def returned(self, client: str) -> None:
+        """A client attends, again or for the first time."""
+        self._left.pop(client, None)
+        self._inbox.put_nowait(Returned(client))
+        self.recruit()
+
+    def left(self, client: str) -> None:
+        """A client's session has ended."""
+        self._left[client] = time.monotonic()
+        self._inbox.put_nowait(Left(client))
+        self._later(self.run.settings.absence_s, self.recruit)
+
+    def reported(self, client: str, status: Status) -> None:
+        """A client says how its part goes."""
+        part = self.round.parts.get(status.assignment)
+        if part is not None and part.client == client:
+            self._inbox.put_nowait(Reported(status.assignment, status.phase, status.reason))
+            if status.phase is Phase.DECLINED:
+                asyncio.get_running_loop().call_soon(self.recruit)
+
+    def stop(self, reason: str) -> None:
+        """End the round without a result."""
+        self._inbox.put_nowait(Stopped(reason))
+
+    def expects(self, header: UploadHeader) -> Receipt | None:
+        """Whether to take the bytes of an upload: None, or the receipt that it gets instead. Raises UpdateRefused."""
+        part = self.round.parts[header.assignment]
+        if part.client != header.client:
+            raise UpdateRefused(f"assignment {header.assignment} was given to {part.client}, not to {header.client}")
+        if part.state not in OPEN_PARTS:
+            return receipt_after(part)
+        try:
+            check_header(header, self.round.kind, self._payload_bytes())
+        except UpdateRefused as error:
+            self.reject(header, str(error))
+            raise
+        return None
+
+    def bounds(self) -> Bounds:
+        """What a payload is held against."""
+        settings = self.run.settings
+        return Bounds(settings.cohort_size, self.run.model.features, settings.max_update_norm)
+
+    async def submit(self, upload: Upload) -> Receipt:
+        """Offer an admissible result; its receipt, once that is stored."""
+        if self.round.state is not RoundState.OPEN:
+            self._discard(upload)
+            return receipt_after(self.round.parts[upload.assignment])
+        receipt: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        self._waiting_for[id(upload)] = upload, receipt
+        self._inbox.put_nowait(Arrived(upload))
+        return await receipt
+
+    def reject(self, header: UploadHeader, reason: str) -> None:
+        """A result cannot count."""
+        log.warning("upload refused", client=header.client, assignment=header.assignment, reason=reason)
+        self._inbox.put_nowait(Rejected(header.assignment, reason))
+        asyncio.get_running_loop().call_soon(self.recruit)
+
+    def _payload_bytes(self) -> int:
+        return payload_bytes(self.round.kind, self.run.model.manifest.size, self.run.model.features)
+
+
+def assignment_id(run: str, number: int, client: str) -> str:
+    """The name of one client's part in one round."""
+    return f"{run}/{number}/{client}"
+
+
+def _differs(before: Part | None, after: Part) -> bool:
+    return before is not after and (before is None or as_kept(before) != as_kept(after))

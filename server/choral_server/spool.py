@@ -1,0 +1,160 @@
+"""Uploads on disk, from the first verified chunk until a version that contains them is published.
+
+    spool/RUN/ROUND/CLIENT.DIGEST.part      arriving: as long as what has been verified
+    spool/RUN/ROUND/CLIENT.DIGEST.upload    whole and durable
+    spool/RUN/ROUND/sum                     an accumulator; the uploads that it contains are deleted
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from choral.durable import remove_leftovers, sync_folder
+from choral.errors import CorruptTransfer, OutOfSpace
+from choral.messages import UploadHeader
+
+from choral_server import failpoints
+from choral_server.failpoints import Step
+from choral_server.intake import digest_of
+from choral_server.offload import offload
+from choral_server.rounds import Part, PartState, Round
+from choral_server.troubles import Troubles
+
+DISK = "disk"
+
+
+class RoundSpool:
+    """The uploads of one round."""
+
+    def __init__(self, folder: Path, troubles: Troubles) -> None:
+        self._folder = folder
+        self._troubles = troubles
+        self._writers: dict[Path, object] = {}
+
+    @property
+    def sum_path(self) -> Path:
+        """Where an accumulator is kept."""
+        return self._folder / "sum"
+
+    def path(self, client: str, digest: bytes) -> Path:
+        """Where the whole upload of a client with this payload is kept."""
+        return self._folder / f"{client}.{digest.hex()[:16]}.upload"
+
+    def held(self, header: UploadHeader) -> int:
+        """How many bytes of this upload arrived in an earlier attempt."""
+        part = self._part(header)
+        return min(part.stat().st_size, header.payload_bytes) if part.exists() else 0
+
+    async def store(self, header: UploadHeader, pieces: AsyncIterator[bytes]) -> Path:
+        """Write the pieces behind the first `header.offset` bytes; the path of the whole upload, durable and verified.
+
+        Raises CorruptTransfer: another number of bytes came than announced, they are not those announced, or another attempt took
+        over; OutOfSpace: they cannot be written. What was verified stays for the next attempt, unless the whole is not as announced.
+        """
+        path, part, me = self.path(header.client, header.digest), self._part(header), object()
+        self._writers[part] = me
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._drop_other_parts(part, header.client)
+            with part.open("ab", buffering=0) as file:
+                received = header.offset
+                file.truncate(received)
+                async for piece in pieces:
+                    if self._writers.get(part) is not me:
+                        raise CorruptTransfer("another attempt to send this result took over")
+                    received += _write(file.fileno(), piece)
+                if received != header.payload_bytes:
+                    raise CorruptTransfer(f"{received} bytes arrived where {header.payload_bytes} were announced: send the rest")
+                await offload(received, _finish, part, header.digest)
+                os.fsync(file.fileno())
+            part.replace(path)
+            sync_folder(self._folder)
+        except FileNotFoundError as error:
+            raise CorruptTransfer("the round ended while the result arrived") from error
+        except OSError as error:
+            reason = f"{self._folder} cannot be written ({error.strerror})"
+            self._troubles.found(DISK, reason)
+            raise OutOfSpace(f"the coordinator cannot store the result now: {reason}; it is taken as soon as that is mended") from error
+        finally:
+            if self._writers.get(part) is me:
+                del self._writers[part]
+        self._troubles.over(DISK)
+        failpoints.reach(Step.UPLOAD_SPOOLED.value)
+        return path
+
+    def missing(self, parts: Iterable[Part]) -> list[str]:
+        """The clients of those accepted parts whose uploads are not here."""
+        return [part.client for part in parts if not self.path(part.client, part.digest).exists()]
+
+    def keep(self, parts: Iterable[Part]) -> None:
+        """Delete what no one of these accepted parts needs and no client can go on with."""
+        wanted = {self.path(part.client, part.digest) for part in parts} | {self.sum_path}
+        if self._folder.exists():
+            remove_leftovers(self._folder)
+            for path in set(self._folder.iterdir()) - wanted - set(self._folder.glob("*.part")):
+                path.unlink()
+
+    def drop(self, parts: Iterable[Part]) -> None:
+        """Delete the uploads of these parts."""
+        for part in parts:
+            self.path(part.client, part.digest).unlink(missing_ok=True)
+
+    def discard(self, path: Path) -> None:
+        """Delete an upload that does not count."""
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # others are there
+            self._folder.rmdir()
+
+    def clear(self) -> None:
+        """Delete all of it."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        failpoints.reach(Step.SPOOL_CLEARED.value)
+
+    def _part(self, header: UploadHeader) -> Path:
+        return self.path(header.client, header.digest).with_suffix(".part")
+
+    def _drop_other_parts(self, part: Path, client: str) -> None:
+        """A result has one payload: what came before with another digest is not gone on with."""
+        for other in self._folder.glob(f"{client}.{'?' * 16}.part"):
+            if other != part:
+                other.unlink()
+
+
+class Spool:
+    """The folder in which uploads are kept, by run and round."""
+
+    def __init__(self, folder: Path, troubles: Troubles) -> None:
+        self._folder = folder
+        self._troubles = troubles
+
+    def of(self, run: str, number: int) -> RoundSpool:
+        """The uploads of one round."""
+        return RoundSpool(self._folder / run / str(number), self._troubles)
+
+    def keep_only(self, unfinished: Round | None) -> None:
+        """At the start: delete whatever does not belong to the round that goes on."""
+        for run in self._folder.glob("*"):
+            for folder in [*run.iterdir()] if run.is_dir() else []:
+                if unfinished is None or (run.name, folder.name) != (unfinished.run, str(unfinished.number)):
+                    shutil.rmtree(folder, ignore_errors=True)
+        if unfinished is not None:
+            accepted = [part for part in unfinished.parts.values() if part.state is PartState.ACCEPTED]
+            self.of(unfinished.run, unfinished.number).keep(accepted)
+
+
+def _write(descriptor: int, piece: bytes) -> int:
+    rest = memoryview(piece)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+    return len(piece)
+
+
+def _finish(part: Path, digest: bytes) -> None:
+    """Raises CorruptTransfer, and drops the part: it is not what was announced."""
+    if digest_of(part) != digest:
+        part.unlink()
+        raise CorruptTransfer("the result arrived whole, but not with the digest that was announced: send it again from the start")
