@@ -6,7 +6,7 @@ import asyncio
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,7 +25,7 @@ class Proxy:
     def __init__(self, port: int = 0) -> None:
         self.target = port
         self.up = self.down = self.connections = 0
-        self._cut_at: list[int] = []
+        self._cut_at: dict[str, list[int]] = {"up": [], "down": []}
         self._links: set[tuple[asyncio.StreamWriter, ...]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._news = threading.Condition()
@@ -57,10 +57,11 @@ class Proxy:
         """Break the connections that there are, with a reset on both sides; new ones are accepted."""
         self._do(self._break)
 
-    def cut_at(self, *up: int) -> None:
-        """Cut when so many bytes have come from clients, each number once; nothing beyond them gets through before the cut."""
+    def cut_at(self, *, up: Iterable[int] = (), down: Iterable[int] = ()) -> None:
+        """Cut once `up` or `down` has reached each of these numbers; the piece that reaches it is lost."""
         with self._news:
-            self._cut_at = sorted([*self._cut_at, *up])
+            self._cut_at["up"] = sorted([*self._cut_at["up"], *up])
+            self._cut_at["down"] = sorted([*self._cut_at["down"], *down])
 
     def refuse(self) -> None:
         """Break the connections that there are and accept no more: connecting fails at once."""
@@ -99,9 +100,7 @@ class Proxy:
         self._flows.clear()
 
     async def _break(self) -> None:
-        for link in list(self._links):
-            for writer in link:
-                _reset(writer)
+        self._reset_all()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -142,6 +141,21 @@ class Proxy:
             for end in link:
                 _reset(end)
 
+    def _count(self, way: str, size: int) -> bool:
+        """Returns whether a cut is due."""
+        with self._news:
+            total = getattr(self, way) + size
+            setattr(self, way, total)
+            self._news.notify_all()
+            due = [at for at in self._cut_at[way] if at <= total]
+            self._cut_at[way] = self._cut_at[way][len(due) :]
+            return bool(due)
+
+    def _reset_all(self) -> None:
+        for link in self._links:
+            for end in link:
+                _reset(end)
+
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
         while True:
             await self._flows.wait()
@@ -149,16 +163,8 @@ class Proxy:
             if not piece:
                 break
             await self._flows.wait()
-            with self._news:
-                setattr(self, way, getattr(self, way) + len(piece))
-                due = way == "up" and bool(self._cut_at) and self.up >= self._cut_at[0]
-                if due:
-                    del self._cut_at[0]
-                self._news.notify_all()
-            if due:
-                for link in list(self._links):
-                    for end in link:
-                        _reset(end)
+            if self._count(way, len(piece)):
+                self._reset_all()
                 raise ConnectionAbortedError
             writer.write(piece)
             await writer.drain()

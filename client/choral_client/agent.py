@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import hashlib
 import math
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import structlog
 from choral.errors import ChoralError, NameTaken, Unreachable
@@ -28,32 +29,36 @@ from choral.messages import (
     Phase,
     Status,
     UploadHeader,
-    Verdict,
     VersionRef,
     Welcome,
 )
-from choral.wire import CHUNK_BYTES
 
-from choral_client.backoff import full_jitter
+from choral_client.backoff import Patience, full_jitter
+from choral_client.delivery import Deliveries
 from choral_client.diary import Diary
+from choral_client.model_file import ModelFile
+from choral_client.outbox import Outbox, Parcel
 from choral_client.thread import WorkThread
 from choral_client.train import Stopped
 from choral_client.transport import Attendance, Transport
 from choral_client.work import Work
 
 log = structlog.get_logger()
-MODEL = "model.safetensors"
-_ATTEMPTS = 4
-T = TypeVar("T")
+_LAST_RECEIPTS_S = 1.0  # how long a run that is over waits for what is being answered
 
 
 @dataclass(frozen=True)
 class Job:
-    """An assignment under way: setting `stop` ends its training at the next batch."""
+    """An assignment under way. It outlives the stream that it came on: setting `stop` ends its training at the next batch."""
 
     assignment: str
-    task: asyncio.Task[None]
     stop: threading.Event
+    task: asyncio.Task[None]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has neither ended nor been told to."""
+        return not self.stop.is_set() and not self.task.done()
 
     def cancel(self) -> None:
         """End it."""
@@ -78,18 +83,22 @@ class Agent:
         self._transport = transport
         self._hello = hello
         self._work = work
-        self._model_path = state / MODEL
         self._diary = Diary(state)
         self._follow = follow
         self._first_contact_s = first_contact_s
         self._rng = rng or random.Random()  # noqa: S311 - spreads clients in time; nothing secret
         self._thread = WorkThread()
-        self._fetching = asyncio.Lock()
-        self._held: tuple[VersionRef, bytes] | None = None
+        self._patience = Patience(self._rng)
+        self._models = ModelFile(transport, state, self._patience)
+        self._outbox = Outbox(state / "outbox")
+        self._deliveries = Deliveries(transport, self._outbox, self._patience, self._report)
+        self._stream: Attendance | None = None
+        self._status: Status | None = None
         self._welcomed = False
         self._failures = 0
         self._job: Job | None = None
-        self._follower: asyncio.Task[bytes] | None = None
+        self._follower: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def live(self) -> str:
         """Attend until the coordinator says that the run is over; returns what it says.
@@ -97,6 +106,12 @@ class Agent:
         Raises a Refused if the coordinator does not want this client, Unreachable if it never answered, TrustError if it is not the
         one that the client's `ca` vouches for.
         """
+        try:
+            return await self._live()
+        finally:
+            await self._stop()
+
+    async def _live(self) -> str:
         began = time.monotonic()
         while True:
             try:
@@ -122,6 +137,7 @@ class Agent:
     async def _attend(self) -> ComeBack:
         """One attendance, from hello to the coordinator's farewell."""
         async with self._transport.attend(self._hello) as stream:
+            self._stream = stream
             beat: asyncio.Task[None] | None = None
             try:
                 async for message in stream.heard():
@@ -129,124 +145,148 @@ class Agent:
                         self._welcome(message)
                         beat = asyncio.create_task(self._beat(stream, message.heartbeat_s))
                     elif isinstance(message, ComeBack):
-                        await self._finish_fetching()
+                        await self._finish(message.after_s)
                         return message
                     else:
-                        self._hear(message, stream)
+                        await self._hear(message)
             finally:
+                self._stream = None
                 if beat is not None:
                     beat.cancel()
-                if self._job is not None:
-                    self._job.cancel()
         raise Unreachable("the coordinator ended the stream without a farewell")
 
     def _welcome(self, welcome: Welcome) -> None:
         self._welcomed, self._failures = True, 0
         log.info("attending", run=welcome.run, version=welcome.version.number)
         self._diary.write("attending", run=welcome.run)
+        self._patience.link_is_back()
+        self._aside(self._deliveries.offer_saved())
         self._follow_to(welcome.version)
 
-    def _hear(self, message: FromCoordinator, stream: Attendance) -> None:
+    async def _hear(self, message: FromCoordinator) -> None:
+        job = self._job if self._job is not None and self._job.goes_on else None
         match message:
             case Assignment():
-                if self._job is not None:
-                    self._job.cancel()
+                if job is not None and job.assignment == message.id:
+                    log.info("still at it", round=message.round)
+                    if self._status is not None and self._status.assignment == message.id:
+                        await self._report(self._status)
+                    return
+                if job is not None:
+                    job.cancel()
                 stop = threading.Event()
-                self._job = Job(message.id, asyncio.create_task(self._answer(message, stream, stop)), stop)
+                self._job = Job(message.id, stop, asyncio.create_task(self._answer(message, stop)))
             case Cancel(assignment, reason):
-                if self._job is not None and self._job.assignment == assignment and not self._job.task.done():
+                working = job is not None and job.assignment == assignment
+                if job is not None and working:
+                    job.cancel()
+                if self._deliveries.withdraw(assignment) or working:
                     log.info("no longer wanted", assignment=assignment, reason=reason)
-                    self._job.cancel()
             case NewVersion(version):
                 self._follow_to(version)
 
     def _follow_to(self, version: VersionRef) -> None:
         if self._follow:
-            self._follower = asyncio.create_task(self._fetch_for_keeping(version))
+            self._follower = self._aside(self._fetch_for_keeping(version))
 
-    async def _answer(self, assignment: Assignment, stream: Attendance, stop: threading.Event) -> None:
-        """Do an assignment and send the result, or say why not."""
-        log.info("working", round=assignment.round, kind=assignment.plan.kind.value, version=assignment.version.number)
+    def _aside(self, doing: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that ends with the agent at the latest."""
+        task = asyncio.create_task(doing)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _answer(self, assignment: Assignment, stop: threading.Event) -> None:
+        """Do an assignment, or find its result done already, and send the result; or say why not."""
         try:
-            if not self._holds(assignment.version):
-                await stream.say(Status(assignment.id, Phase.DOWNLOADING))
-            checkpoint = await self._obtain(assignment.version)
-            await stream.say(Status(assignment.id, Phase.WORKING))
-            result = await self._thread.do(partial(self._work.do, assignment.plan, checkpoint, stop))
-            if len(result.payload) > CHUNK_BYTES:  # a small one arrives as soon as the word of it
-                await stream.say(Status(assignment.id, Phase.UPLOADING))
-            header = UploadHeader(
-                assignment=assignment.id,
-                client=self._hello.client,
-                examples=self._hello.examples,
-                kind=assignment.plan.kind,
-                payload_bytes=len(result.payload),
-                held_out=result.held_out,
-                work=result.work,
-            )
-            receipt = await self._patiently("upload", lambda: self._transport.upload(header, result.payload))
+            if not await self._deliveries.send_saved(assignment.id):
+                log.info("working", round=assignment.round, kind=assignment.plan.kind.value, version=assignment.version.number)
+                await self._deliveries.send(*await self._produce(assignment, stop))
+            self._diary.write("attending", round=assignment.round)
         except ChoralError as error:
-            await self._decline(assignment, stream, str(error))
+            await self._decline(assignment, str(error))
         except Stopped:
             log.info("stopped working", round=assignment.round)
         except Exception as error:
             log.exception("work failed", round=assignment.round)
-            await self._decline(assignment, stream, f"{type(error).__name__}: {error}")
-        else:
-            told = log.info if receipt.verdict is Verdict.ACCEPTED else log.warning
-            measured = {metric.name: round(metric.value, 4) for metric in (*result.work, *result.held_out)}
-            self._diary.write("attending", round=assignment.round)
-            told("sent", round=assignment.round, verdict=receipt.verdict.value, reason=receipt.reason, **measured)
+            await self._decline(assignment, f"{type(error).__name__}: {error}")
 
-    async def _decline(self, assignment: Assignment, stream: Attendance, reason: str) -> None:
-        log.warning("declined", round=assignment.round, reason=reason)
-        with suppress(Unreachable):
-            await stream.say(Status(assignment.id, Phase.DECLINED, reason))
+    async def _produce(self, assignment: Assignment, stop: threading.Event) -> tuple[Parcel, memoryview]:
+        """An assignment's result, saved: from here on it outlives this process."""
+        if not self._models.holds(assignment.version):
+            await self._report(Status(assignment.id, Phase.DOWNLOADING))
+        checkpoint = await self._checkpoint(assignment.version)
+        await self._report(Status(assignment.id, Phase.WORKING))
+        return await self._thread.do(partial(self._work_and_save, assignment, checkpoint, stop))
 
-    async def _patiently(self, what: str, transfer: Callable[[], Awaitable[T]]) -> T:
-        """The result of a transfer, tried again if the link broke under it or damaged it."""
-        for attempt in itertools.count(1):
+    def _work_and_save(self, assignment: Assignment, checkpoint: bytes, stop: threading.Event) -> tuple[Parcel, memoryview]:
+        result = self._work.do(assignment.plan, checkpoint, stop)
+        header = UploadHeader(
+            assignment=assignment.id,
+            client=self._hello.client,
+            examples=self._hello.examples,
+            kind=assignment.plan.kind,
+            payload_bytes=len(result.payload),
+            held_out=result.held_out,
+            work=result.work,
+            digest=hashlib.sha256(result.payload).digest(),
+        )
+        if stop.is_set():
+            raise Stopped
+        parcel = Parcel(header, assignment.round)
+        self._outbox.save(parcel, result.payload)
+        return parcel, result.payload
+
+    async def _checkpoint(self, version: VersionRef) -> bytes:
+        """What the work starts from, however long the link is broken."""
+        for attempt in count(1):
             try:
-                return await transfer()
-            except ChoralError as error:
-                if not error.retryable or attempt == _ATTEMPTS:
-                    raise
-                log.warning(f"{what} failed", reason=str(error), attempt=attempt)
-                await asyncio.sleep(full_jitter(attempt, self._rng))
+                return await self._models.obtain(version)
+            except Unreachable as error:
+                log.warning("waiting for the link", version=version.number, reason=str(error))
+            await self._patience.pause(attempt)
         raise AssertionError("count never ends")
 
-    async def _obtain(self, version: VersionRef) -> bytes:
-        """The checkpoint of a version: the one held, or a download that is then held. One at a time."""
-        async with self._fetching:
-            if self._held is None or not self._holds(version):
-                content = await self._patiently("download", lambda: self._transport.download(version))
-                self._held = version, content
-                await self._thread.do(partial(_replace_file, self._model_path, content))
-            return self._held[1]
+    async def _report(self, status: Status) -> None:
+        """Tell the coordinator, if there is a stream."""
+        self._status = status
+        if self._stream is not None:
+            with suppress(Unreachable):
+                await self._stream.say(status)
 
-    def _holds(self, version: VersionRef) -> bool:
-        return self._held is not None and self._held[0] == version
+    async def _decline(self, assignment: Assignment, reason: str) -> None:
+        log.warning("declined", round=assignment.round, reason=reason)
+        await self._report(Status(assignment.id, Phase.DECLINED, reason))
 
-    async def _fetch_for_keeping(self, version: VersionRef) -> bytes:
+    async def _fetch_for_keeping(self, version: VersionRef) -> None:
         try:
-            return await self._obtain(version)
+            await self._models.obtain(version)
         except ChoralError as error:
             log.warning("new version not fetched", version=version.number, reason=str(error))
-            return b""
 
-    async def _finish_fetching(self) -> None:
+    async def _finish(self, after_s: float | None) -> None:
+        """What is done before leaving: the last version is fetched and, if the run is over, receipts on their way are awaited."""
+        if after_s is None:
+            if self._job is not None:
+                self._job.cancel()
+            await self._deliveries.linger(_LAST_RECEIPTS_S)
         if self._follower is not None:
-            await self._follower
+            await asyncio.wait([self._follower], timeout=after_s + 1 if after_s is not None else None)
+
+    async def _stop(self) -> None:
+        """End everything that is under way. Results without a receipt stay in the outbox."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if self._job is not None:
+            self._job.cancel()
+            tasks.append(self._job.task)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._deliveries.stop()
 
     async def _beat(self, stream: Attendance, heartbeat_s: float) -> None:
         with suppress(Unreachable):  # the reader of the stream meets the same end, and says so
             while True:
                 await asyncio.sleep(heartbeat_s)
-                self._diary.write("working" if self._job is not None and not self._job.task.done() else "attending")
+                self._diary.write("working" if self._job is not None and self._job.goes_on else "attending")
                 await stream.say(Heartbeat())
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    aside = path.with_suffix(".part")
-    aside.write_bytes(content)
-    aside.replace(path)

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import structlog
 from choral.errors import ConfigError
 
+log = structlog.get_logger()
 _NAME = "status.json"
 
 
@@ -19,10 +21,13 @@ class Diary:
         self._folder = folder
 
     def write(self, doing: str, **details: Any) -> None:
-        """Note what the client does now; `details` are for people."""
+        """Note what the client does now; `details` are for people. A disk that is full ends nothing but the notes."""
         aside = self._folder / f".{_NAME}.part"
-        aside.write_text(json.dumps({"doing": doing, "at": time.time(), **details}), encoding="utf-8")
-        aside.replace(self._folder / _NAME)
+        try:
+            aside.write_text(json.dumps({"doing": doing, "at": time.time(), **details}), encoding="utf-8")
+            aside.replace(self._folder / _NAME)
+        except OSError as error:
+            log.warning("status not written", folder=str(self._folder), reason=str(error))
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, Protocol
 
 import grpc
 from choral import wire
-from choral.errors import CorruptTransfer, Unreachable
+from choral.errors import CorruptTransfer, InvalidMessage, Unreachable
 from choral.messages import FromClient, FromCoordinator, Hello, Receipt, UploadHeader, VersionRef
 from choral.status import from_rpc
 from choral.v1 import federation_pb2 as pb
@@ -22,6 +21,9 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),  # the agent has a backoff of its own
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
+STALL_S = 30.0
+_PIECE_BYTES = wire.CHUNK_BYTES // 4  # what a cut costs: gRPC takes one such piece and has the next in hand
+_RECEIPT_STALLS = 4  # the coordinator may have to verify and store many results at once; keepalive finds out if it is gone
 
 
 class Attendance(Protocol):
@@ -35,23 +37,30 @@ class Attendance(Protocol):
 
 
 class Transport(Protocol):
-    """The three calls of the contract."""
+    """The four calls of the contract."""
 
     def attend(self, hello: Hello) -> AbstractAsyncContextManager[Attendance]:
         """Open the stream with `hello`; leaving the context closes it."""
 
-    async def download(self, version: VersionRef) -> bytes:
-        """The checkpoint file of a version, verified. Raises Unreachable, CorruptTransfer or UnknownVersion."""
+    def download(self, version: VersionRef, offset: int) -> AsyncGenerator[bytes, None]:
+        """The checkpoint file of a version from byte `offset` on, in verified pieces; its digest is for the caller to check.
+
+        Raises Unreachable, CorruptTransfer or UnknownVersion.
+        """
 
     async def upload(self, header: UploadHeader, payload: memoryview) -> Receipt:
-        """Send a result. Raises Unreachable or CorruptTransfer."""
+        """Send a result, of its payload the bytes from `header.offset` on. Raises Unreachable, CorruptTransfer or a Refused."""
+
+    async def resume(self, header: UploadHeader) -> int | Receipt:
+        """Where a broken upload goes on, or the receipt of one that need not. Raises Unreachable or a Refused."""
 
 
 class GrpcTransport:
-    """The contract over gRPC, with TLS unless `ca` is None."""
+    """The contract over gRPC, with TLS unless `ca` is None. A transfer in which nothing moves for `stall_s` is given up."""
 
-    def __init__(self, address: str, ca: bytes | None) -> None:
+    def __init__(self, address: str, ca: bytes | None, stall_s: float = STALL_S) -> None:
         self._address = address
+        self._stall_s = stall_s
         if ca is None:
             self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         else:
@@ -76,24 +85,78 @@ class GrpcTransport:
         finally:
             call.cancel()
 
-    async def download(self, version: VersionRef) -> bytes:
-        """The checkpoint file of a version, verified."""
-        content = bytearray()
+    async def download(self, version: VersionRef, offset: int) -> AsyncGenerator[bytes, None]:
+        """The checkpoint file of a version from byte `offset` on, in verified pieces."""
+        call = self._stub.Download(pb.DownloadRequest(version=version.number, offset=offset))
         try:
-            async for response in self._stub.Download(pb.DownloadRequest(version=version.number)):
-                content += wire.verified(response.chunk, len(content), version.size_bytes)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(error, self._address) from error
-        if hashlib.sha256(content).digest() != version.digest:
-            raise CorruptTransfer(f"version {version.number} arrived with another digest than was announced: fetch it again")
-        return bytes(content)
+            while (response := await self._next(call)) is not None:
+                piece = wire.verified(response.chunk, offset, version.size_bytes)
+                offset += len(piece)
+                yield piece
+        finally:
+            call.cancel()
+        if offset != version.size_bytes:
+            raise CorruptTransfer(f"version {version.number} ended after {offset} of {version.size_bytes} bytes: fetch the rest")
 
     async def upload(self, header: UploadHeader, payload: memoryview) -> Receipt:
-        """Send a result."""
+        """Send a result, of its payload the bytes from `header.offset` on."""
+        call = self._stub.Upload()
         try:
-            return wire.receipt_from_pb(await self._stub.Upload(_upload(header, payload)))
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(error, self._address) from error
+            async with _named(self._address):
+                # Written one by one, so that little more has left than the coordinator has taken. It may answer, or refuse, before
+                # it has all: then no more can be written, and the call itself tells why.
+                with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    for request in _upload(header, payload):
+                        async with self._moving():
+                            await call.write(request)
+                    async with self._moving():
+                        await call.done_writing()
+                async with self._moving(_RECEIPT_STALLS):
+                    return wire.receipt_from_pb(await call)
+        finally:
+            call.cancel()
+
+    async def resume(self, header: UploadHeader) -> int | Receipt:
+        """Where a broken upload goes on, or the receipt of one that need not."""
+        async with _named(self._address), self._moving():
+            response = await self._stub.ResumeUpload(pb.ResumeUploadRequest(header=wire.header_to_pb(header)))
+        answer = wire.resumption_from_pb(response)
+        if isinstance(answer, int) and not 0 <= answer <= header.payload_bytes:
+            raise InvalidMessage(f"asked to go on at byte {answer} of {header.payload_bytes}: update Choral on both sides")
+        return answer
+
+    async def _next(self, call: Any) -> pb.DownloadResponse | None:
+        async with _named(self._address), self._moving():
+            if (response := await call.read()) is not grpc.aio.EOF:
+                return response  # type: ignore[no-any-return]
+            if await call.code() is not grpc.StatusCode.OK:
+                await call  # raises what ended it
+            return None
+
+    @asynccontextmanager
+    async def _moving(self, stalls: int = 1) -> AsyncIterator[None]:
+        """One step of a transfer, bounded in time."""
+        try:
+            async with asyncio.timeout(stalls * self._stall_s):
+                yield
+        except TimeoutError as error:
+            raise Unreachable(
+                f"the transfer with the coordinator at {self._address} has stood still for {stalls * self._stall_s:g} s"
+            ) from error
+
+
+@asynccontextmanager
+async def _named(address: str) -> AsyncIterator[None]:
+    """A failed call raises the ChoralError behind it."""
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise Unreachable(f"the call to the coordinator at {address} was cancelled") from error
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc(error, address) from error
 
 
 class _GrpcAttendance:
@@ -116,24 +179,21 @@ class _GrpcAttendance:
             raise Unreachable(f"the stream to the coordinator at {self._address} has ended") from error
 
     async def heard(self) -> AsyncIterator[FromCoordinator]:
-        try:
-            while (response := await self._call.read()) is not grpc.aio.EOF:
-                yield wire.from_coordinator_from_pb(response)
+        while (message := await self._read()) is not None:
+            yield message
+
+    async def _read(self) -> FromCoordinator | None:
+        async with _named(self._address):
+            if (response := await self._call.read()) is not grpc.aio.EOF:
+                return wire.from_coordinator_from_pb(response)
             if await self._call.code() is not grpc.StatusCode.OK:
                 await self._call  # raises what ended the stream
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            raise Unreachable(f"the stream to the coordinator at {self._address} was cancelled") from error
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(error, self._address) from error
+            return None
 
 
 def _upload(header: UploadHeader, payload: memoryview) -> Iterator[pb.UploadRequest]:
     yield pb.UploadRequest(header=wire.header_to_pb(header))
-    count = 0
-    for chunk in wire.chunks(payload):
-        yield pb.UploadRequest(chunk=chunk)
-        count += 1
-    yield pb.UploadRequest(trailer=pb.UploadTrailer(chunks=count))
+    offsets = range(header.offset, len(payload), _PIECE_BYTES)
+    for offset in offsets:
+        yield pb.UploadRequest(chunk=wire.chunk(bytes(payload[offset : offset + _PIECE_BYTES]), offset))
+    yield pb.UploadRequest(trailer=pb.UploadTrailer(chunks=len(offsets)))

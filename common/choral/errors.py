@@ -8,6 +8,8 @@
     ├── TrustError           a certificate or key cannot be used
     ├── Unreachable          nobody answers at the address                      (try again)
     ├── CorruptTransfer      bytes arrived damaged, out of order or incomplete   (try again)
+    ├── ArtifactsGone        the store of versions does not answer               (try again)
+    ├── UnknownArtifact      nothing is kept under that key
     ├── OutOfSpace           a disk is full                                      (try again)
     ├── DatabaseGone         the database does not answer                        (try again)
     ├── LeaseLost            another coordinator has taken over the database
@@ -83,6 +85,19 @@ class CorruptTransfer(ChoralError):
 
     grpc_code = "DATA_LOSS"
     retryable = True
+
+
+class ArtifactsGone(ChoralError):
+    """The store of versions does not answer, or does not take them."""
+
+    grpc_code = "UNAVAILABLE"
+    retryable = True
+
+
+class UnknownArtifact(ChoralError):
+    """Nothing is kept under that key."""
+
+    grpc_code = "NOT_FOUND"
 
 
 class OutOfSpace(ChoralError):

@@ -57,7 +57,13 @@ class WeightedSum:
     def save(self, path: Path) -> None:
         """Write the sum so that it is there, whole, when this returns: a line of JSON, then the integers, little-endian."""
         content = self._sum.astype("<i8", copy=False).data.cast("B")
-        about = {"weight": self._weight, "cap": self._cap, "contained": sorted(self.contained), "crc32": zlib.crc32(content)}
+        about = {
+            "size": self._sum.size,
+            "cap": self._cap,
+            "weight": self._weight,
+            "contained": sorted(self.contained),
+            "crc32": zlib.crc32(content),
+        }
         write_durably(path, json.dumps(about).encode() + b"\n", content)
 
     @classmethod
@@ -65,9 +71,15 @@ class WeightedSum:
         """The sum as it was saved. Raises ValueError: the file is damaged, or of another model or weight cap."""
         loaded = cls(size, weight_cap)
         with path.open("rb") as file:
-            about = json.loads(file.readline())
+            first = file.readline()
             found = np.fromfile(file, dtype="<i8")
-        if found.size != size or about["cap"] != weight_cap or zlib.crc32(found.data.cast("B")) != about["crc32"]:
+        about = json.loads(first) if first.startswith(b"{") else {}
+        expected = {"size": size, "cap": weight_cap, "crc32": zlib.crc32(found.data.cast("B"))}
+        if found.size != size or not expected.items() <= about.items():
             raise ValueError(f"{path} is damaged, or not a sum of {size} elements with a weight cap of {weight_cap}")
-        loaded._sum, loaded._weight, loaded.contained = found.astype(np.int64, copy=False), about["weight"], frozenset(about["contained"])
+        loaded._sum, loaded._weight, loaded.contained = (
+            found.astype(np.int64, copy=False),
+            about["weight"],
+            frozenset(about["contained"]),
+        )
         return loaded

@@ -71,7 +71,7 @@ class RunSettings(Settings):
     extension_s: Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False)] | None = None
     """by how many seconds transfers that advance can move the deadline at most; by deadline_s, if not given"""
     stall_s: Seconds = 30.0
-    """seconds without a byte after which a transfer stands still: an upload is cut off then, and the client goes on where it broke"""
+    """seconds without a byte after which a transfer stands still: an upload is cut off, and its client goes on where it broke"""
     absence_s: Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False)] = 10.0
     """seconds for which a client may be away from its part before another takes it, while half of the deadline has not passed"""
     max_update_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -128,7 +128,8 @@ class ServerConfig(Settings):
     state: FilePath
     """folder for the database, versions, uploads under way and the operators' socket"""
     database: str | None = None
-    """URL of the database: postgresql://user@host/name, sqlite:///path or sqlite:// (in memory: nothing survives); choral.db in the state folder, if not given"""
+    """URL of the database: postgresql://user@host/name, sqlite:///path, or sqlite:// (in memory: nothing survives); choral.db in
+    the state folder, if not given"""
     lease_s: Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False)] = 30.0
     """seconds after which another coordinator may take over the database from one that is silent"""
     artifacts: str | None = None

@@ -77,7 +77,9 @@ def _clients(condition: Condition) -> Iterator[Finding]:
         cure += f", or `choral clients release` one of {', '.join(quarantined)}"
     yield Finding("clients", enough, found + told, cure)
     for name in quarantined:
-        yield Finding("quarantine", enough, f"{name}: {clients[name].quarantine}", f"look at it, then `choral clients release {name}`")
+        yield Finding(
+            "quarantine", enough, f"{name}: {clients[name].quarantine}", f"look at it, then `choral clients release {name}`"
+        )
 
 
 def _round(condition: Condition) -> Iterator[Finding]:

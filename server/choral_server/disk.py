@@ -18,5 +18,5 @@ def shortage(folder: Path, needed_bytes: int) -> str | None:
 
 
 def needed_bytes(uploads: int, upload_bytes: int, spool_bytes: int, version_bytes: int) -> int:
-    """What a round may write: its uploads, of which `spool_bytes` and one more are kept at a time, the sum, and the next version."""
+    """What a round may write: uploads, of which `spool_bytes` and one more are kept at a time, the sum, and the next version."""
     return min(uploads * upload_bytes, spool_bytes + upload_bytes) + 2 * upload_bytes + 2 * version_bytes

@@ -57,7 +57,9 @@ def check() -> None:
     """Raises ConfigError: the environment names a failpoint that does not exist."""
     wanted, _, count = os.environ.get(VARIABLE, "").partition("#")
     if wanted and (wanted not in ALL or not (count or "1").isdigit()):
-        raise ConfigError(f"{VARIABLE}={os.environ[VARIABLE]!r}: is no failpoint; there are {', '.join(ALL)}, each with #N behind it")
+        raise ConfigError(
+            f"{VARIABLE}={os.environ[VARIABLE]!r}: is no failpoint; there are {', '.join(ALL)}, each with #N behind it"
+        )
 
 
 def reach(name: str) -> None:

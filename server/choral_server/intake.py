@@ -21,7 +21,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a payload is held against: `cohort_size` results may be added, statistics have `features`, an update's norm is bounded."""
+    """What a payload is held against: the number of results that may be added, the features of statistics, the largest norm."""
 
     cohort_size: int
     features: int | None = None

@@ -99,6 +99,7 @@ class Run:
         if latest is None:
             raise ConfigError(f"run {self.record.name}: the database has no version {self.record.latest}: restore a backup")
         self.current = latest
+        await self.checkpoints.fetch(self.record.latest, latest.version)
         await self._load(self.record.latest)
         self._point()  # the earlier process may have ended before it did
 
@@ -234,7 +235,8 @@ class Run:
         await self._commit(lambda record: replace(change(record), latest=number), Transition.VERSION_PUBLISHED, current, *others)
         self._state, self.current = made.state, current
         best = self.record.progress.best
-        await patiently(self._troubles, ARTIFACTS, lambda: self.checkpoints.prune({number} if best is None else {number, best}))
+        wanted = {number} if best is None else {number, best}
+        await patiently(self._troubles, ARTIFACTS, lambda: self.checkpoints.prune(wanted, number))
 
     async def _write(self, made: Made, number: int, now: datetime) -> VersionRecord:
         """Write a version's files. Nobody knows of it yet, and until somebody does it can be written again."""

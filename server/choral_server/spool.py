@@ -1,8 +1,8 @@
 """Uploads on disk, from the first verified chunk until a version that contains them is published.
 
-    spool/RUN/ROUND/CLIENT.DIGEST.part      arriving: as long as what has been verified
-    spool/RUN/ROUND/CLIENT.DIGEST.upload    whole and durable
-    spool/RUN/ROUND/sum                     an accumulator; the uploads that it contains are deleted
+spool/RUN/ROUND/CLIENT.DIGEST.part      arriving: as long as what has been verified
+spool/RUN/ROUND/CLIENT.DIGEST.upload    whole and durable
+spool/RUN/ROUND/sum                     an accumulator; the uploads that it contains are deleted
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RoundSpool:
         """Write the pieces behind the first `header.offset` bytes; the path of the whole upload, durable and verified.
 
         Raises CorruptTransfer: another number of bytes came than announced, they are not those announced, or another attempt took
-        over; OutOfSpace: they cannot be written. What was verified stays for the next attempt, unless the whole is not as announced.
+        over; OutOfSpace: they cannot be written. What was verified stays for the next attempt, unless the whole is something else.
         """
         path, part, me = self.path(header.client, header.digest), self._part(header), object()
         self._writers[part] = me
@@ -62,6 +62,11 @@ class RoundSpool:
             self._drop_other_parts(part, header.client)
             with part.open("ab", buffering=0) as file:
                 received = header.offset
+                held = file.tell()
+                if not 0 <= received <= held:
+                    raise CorruptTransfer(
+                        f"the upload begins at byte {received}, but only {held} bytes are here: ask where to begin"
+                    )
                 file.truncate(received)
                 async for piece in pieces:
                     if self._writers.get(part) is not me:
@@ -78,7 +83,9 @@ class RoundSpool:
         except OSError as error:
             reason = f"{self._folder} cannot be written ({error.strerror})"
             self._troubles.found(DISK, reason)
-            raise OutOfSpace(f"the coordinator cannot store the result now: {reason}; it is taken as soon as that is mended") from error
+            raise OutOfSpace(
+                f"the coordinator cannot store the result now: {reason}; it is taken as soon as that is mended"
+            ) from error
         finally:
             if self._writers.get(part) is me:
                 del self._writers[part]

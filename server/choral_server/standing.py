@@ -15,7 +15,7 @@ _NOTED = {PartState.REFUSED: "result refused", PartState.DECLINED: "client decli
 def consequences(
     round: Round, ended: Iterable[Part], clients: Mapping[str, ClientRecord], quarantine_after: int | None, now: datetime
 ) -> Iterator[ClientRecord | EventRecord]:
-    """What is to be kept of the parts that `ended`, besides themselves; `quarantine_after` results refused in a row, None: never."""
+    """What is to be kept of parts that `ended`, besides themselves; `quarantine_after` results refused in a row (None: never)."""
     if round.state is RoundState.ABANDONED:
         yield EventRecord(now, "round abandoned", round.reason, round.run, round.number)
     for part in ended:

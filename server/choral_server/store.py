@@ -1,146 +1,270 @@
-"""What the coordinator knows: runs, rounds, versions and clients, and whoever watches them change.
+"""The coordinator's memory: records are committed to the database before anyone hears of them, and watched as they change.
 
-The state of a run that must survive a restart (how far it is, which version is current) is a small JSON file that is replaced
-atomically. Rounds, clients and measurements are kept in memory, the newest first.
+Runs and clients are few and all held in memory; rounds are while they are open, with how their parts go at the moment, which is
+not worth writing. Everything else is asked of the database.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
-import json
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from choral.errors import ConfigError
-from choral.messages import VersionRef
-from choral.metrics import Metric
+import sqlalchemy as sa
+from sqlalchemy import Table, bindparam
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.dml import Insert
 
-from choral_server.objective import Progress
-from choral_server.rounds import Round
+from choral_server import failpoints
+from choral_server.database import Database
+from choral_server.failpoints import Transition
+from choral_server.lease import Lease
+from choral_server.records import ClientRecord, EventRecord, Record, RunRecord, VersionRecord
+from choral_server.rounds import ENDED, Part, Round, RoundState, as_kept
+from choral_server.tables import (
+    ASSIGNMENTS,
+    CLIENTS,
+    EVENTS,
+    ROUNDS,
+    RUNS,
+    VERSIONS,
+    Row,
+    Words,
+    client_from_row,
+    client_to_row,
+    event_from_row,
+    event_to_row,
+    part_from_row,
+    part_to_row,
+    round_from_row,
+    round_to_row,
+    run_from_row,
+    run_to_row,
+    version_from_row,
+    version_to_row,
+)
 
-K = TypeVar("K")
-R = TypeVar("R")
-_KEPT = 1000  # rounds and versions held in memory
+RoundKey = tuple[str, int]
 _UNREAD = 10_000  # states that a slow watcher may be behind; older ones are dropped
+_WRITTEN = (RUNS, ROUNDS, ASSIGNMENTS, VERSIONS, CLIENTS, EVENTS)  # in this order, for what refers to what
+_INSERT: dict[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+
+_RUN = bindparam("of_run", type_=Words)
+_LIMIT = bindparam("at_most", type_=sa.BigInteger)
+_NUMBER = bindparam("number", type_=sa.BigInteger)
+_ROUNDS = sa.select(ROUNDS).where(ROUNDS.c.run == _RUN).order_by(ROUNDS.c.number.desc()).limit(_LIMIT)
+_ROUND = sa.select(ROUNDS).where(ROUNDS.c.run == _RUN, ROUNDS.c.number == _NUMBER)
+_UNFINISHED = _ROUNDS.where(ROUNDS.c.state.not_in([state.value for state in ENDED]))
+_PARTS = (
+    sa.select(ASSIGNMENTS)
+    .where(ASSIGNMENTS.c.run == _RUN, ASSIGNMENTS.c.round.between(bindparam("first"), bindparam("last")))
+    .order_by(ASSIGNMENTS.c.round, ASSIGNMENTS.c.place)
+)
+_PART = sa.select(ASSIGNMENTS).where(ASSIGNMENTS.c.assignment == bindparam("id"))
+_VERSIONS = sa.select(VERSIONS).where(VERSIONS.c.run == _RUN).order_by(VERSIONS.c.number.desc()).limit(_LIMIT)
+_VERSION = sa.select(VERSIONS).where(VERSIONS.c.run == _RUN, VERSIONS.c.number == _NUMBER)
+_EVENTS = sa.select(EVENTS).order_by(EVENTS.c.sequence.desc()).limit(_LIMIT)
+_OF_CLIENT = EVENTS.c.client == bindparam("of_client")
 
 
-class RunState(enum.Enum):
-    """Where a run stands."""
+@dataclass(slots=True)
+class _Batch:
+    """What one commit writes: rows by table, and what is true once it is done."""
 
-    WAITING = "waiting"
-    IN_ROUND = "in round"
-    PAUSED = "paused"
-    FINISHED = "finished"
-    STOPPED = "stopped"
-    FAILED = "failed"
+    rows: dict[Table, list[Row]] = field(default_factory=dict)
+    rounds: dict[RoundKey, _KeptRound] = field(default_factory=dict)
+    clients: dict[str, ClientRecord] = field(default_factory=dict)
 
-
-OVER = frozenset({RunState.FINISHED, RunState.STOPPED})
-
-
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """A run: how far it is, and why it stands where it stands."""
-
-    name: str
-    task: str
-    task_version: str
-    rounds_planned: int
-    started_at: datetime
-    state: RunState = RunState.WAITING
-    reason: str = ""
-    rounds_done: int = 0
-    next_round: int = 0
-    latest: int = 0
-    has_statistics: bool = False
-    paused: bool = False
-    progress: Progress = Progress()
-    next_round_at: datetime | None = None
-    opened_at: datetime | None = None
+    def add(self, table: Table, row: Row) -> None:
+        self.rows.setdefault(table, []).append(row)
 
 
 @dataclass(frozen=True, slots=True)
-class VersionRecord:
-    """A version: where it is, and how good."""
+class _KeptRound:
+    """A round as it was last written: its own row, and its parts."""
 
-    run: str
-    version: VersionRef
-    checkpoint: Path
-    published_at: datetime
-    test: tuple[Metric, ...] = ()
-    clients: tuple[Metric, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ClientRecord:
-    """A client that has attended since the coordinator started; `accepted` counts its results."""
-
-    name: str
-    attending: bool
-    examples: int
-    software: str
-    address: str
-    heard_at: datetime
-    accepted: int = 0
-    reason: str = ""
-
-
-Record = RunRecord | Round | VersionRecord | ClientRecord
+    row: Row
+    parts: Mapping[str, Part]
 
 
 class Store:
-    """The records. `save` makes a change known to all readers and watchers at once."""
+    """The records. `runs` in order of creation, `clients` by name; what `commit` has written, all readers see at once."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self.runs: OrderedDict[str, RunRecord] = OrderedDict()
-        self.rounds: OrderedDict[tuple[str, int], Round] = OrderedDict()
-        self.versions: OrderedDict[tuple[str, int], VersionRecord] = OrderedDict()
-        self.clients: dict[str, ClientRecord] = {}
+    def __init__(self, database: Database, lease: Lease, runs: Iterable[RunRecord], clients: Iterable[ClientRecord]) -> None:
+        self.runs = {run.name: run for run in runs}
+        self.clients = {client.name: client for client in clients}
+        self._database = database
+        self._lease = lease
+        self._upserts = {table: _upsert(_INSERT[database.dialect], table) for table in _WRITTEN}
+        self._places = {name: place for place, name in enumerate(self.runs)}
+        self._turn = asyncio.Lock()
+        self._unwritten: dict[str, ClientRecord] = {}
+        self._written: dict[RoundKey, _KeptRound] = {}
+        self._live: dict[RoundKey, Round] = {}
         self._watchers: set[_Watcher] = set()
 
-    def run_folder(self, run: str) -> Path:
-        """Where a run keeps its state and its versions."""
-        return self._folder / "runs" / run
+    @classmethod
+    async def open(cls, database: Database, lease: Lease) -> Store:
+        """The store with what earlier processes left. Raises DatabaseGone."""
 
-    def save(self, *records: Record) -> None:
-        """Keep the records, each in place of its predecessor; a run's durable part is on disk when this returns."""
+        async def work(connection: AsyncConnection) -> Store:
+            runs = await _fetch(connection, sa.select(RUNS).order_by(RUNS.c.place))
+            clients = await _fetch(connection, sa.select(CLIENTS).order_by(CLIENTS.c.name))
+            return cls(database, lease, map(run_from_row, runs), map(client_from_row, clients))
+
+        return await database.read(work)
+
+    # Writing
+
+    async def commit(self, *records: Record, at: Transition | None = None) -> None:
+        """Write the records in one transaction, each in place of its predecessor, then let readers and watchers know them.
+
+        Waits as long as the database is gone. Raises LeaseLost.
+        """
+        async with self._turn:
+            seen = dict(self.clients)
+            batch = self._batch({_key(record): record for record in (*self._unwritten.values(), *records)}.values())
+
+            async def work(connection: AsyncConnection) -> None:
+                await self._lease.hold(connection)
+                for table in _WRITTEN:
+                    if rows := batch.rows.get(table):
+                        await connection.execute(self._upserts[table], rows)
+                if at is not None:
+                    failpoints.reach(at.before)
+
+            def then() -> None:
+                if at is not None:
+                    failpoints.reach(at.after)
+                self._settle(batch)
+                for record in records:
+                    self.tell(_since(record, seen, self.clients) if isinstance(record, ClientRecord) else record)
+
+            await self._database.write(work, then)
+
+    def tell(self, *records: Record) -> None:
+        """Let readers and watchers know the records, which are not written."""
         for record in records:
             match record:
                 case RunRecord():
-                    self._save_run(record)
-                case Round():
-                    _keep(self.rounds, (record.run, record.number), record)
-                case VersionRecord():
-                    _keep(self.versions, (record.run, record.version.number), record)
+                    self.runs[record.name] = record
                 case ClientRecord():
                     self.clients[record.name] = record
+                case Round() if record.state not in ENDED:
+                    self._live[_round_key(record)] = record
             for watcher in self._watchers:
                 watcher.tell(record)
 
-    def load_run(self, name: str) -> RunRecord | None:
-        """A run as an earlier process left it, or None. Raises ConfigError: its file is damaged."""
-        path = self.run_folder(name) / "run.json"
-        if not path.exists():
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            content |= {
-                "state": RunState(content["state"]),
-                "progress": Progress(**content["progress"]),
-                "started_at": datetime.fromisoformat(content["started_at"]),
-            }
-            if content["opened_at"] is not None:
-                content["opened_at"] = datetime.fromisoformat(content["opened_at"])
-            return RunRecord(**content)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: is damaged ({error}): give the run another name, or restore the file") from error
+    def later(self, *records: ClientRecord) -> None:
+        """Let readers and watchers know the clients now; they are written with the next commit, or by `flush`."""
+        self.tell(*records)
+        self._unwritten.update((record.name, record) for record in records)
+
+    async def flush(self) -> None:
+        """Write what `later` has left. Raises LeaseLost."""
+        if self._unwritten:
+            await self.commit()
+
+    def _batch(self, records: Iterable[Record]) -> _Batch:
+        batch = _Batch()
+        for record in records:
+            match record:
+                case RunRecord():
+                    place = self._places.setdefault(record.name, len(self._places))
+                    batch.add(RUNS, run_to_row(record, place))
+                case Round():
+                    self._add_round(batch, record)
+                case VersionRecord():
+                    batch.add(VERSIONS, version_to_row(record))
+                case ClientRecord():
+                    batch.clients[record.name] = record
+                    batch.add(CLIENTS, client_to_row(record))
+                case EventRecord():
+                    batch.add(EVENTS, event_to_row(record))
+        return batch
+
+    def _add_round(self, batch: _Batch, record: Round) -> None:
+        """Add what differs from what was last written of the round; how open parts go is not written, so never differs."""
+        key = _round_key(record)
+        before = self._written.get(key, _KeptRound({}, {}))
+        kept = _KeptRound(round_to_row(record), record.parts)
+        batch.rounds[key] = kept
+        if kept.row != before.row:
+            batch.add(ROUNDS, kept.row)
+        for place, part in enumerate(record.parts.values()):
+            earlier = before.parts.get(part.assignment)
+            if earlier is part or (earlier is not None and as_kept(earlier) == as_kept(part)):
+                continue
+            batch.add(ASSIGNMENTS, part_to_row(as_kept(part), record.run, record.number, place))
+
+    def _settle(self, batch: _Batch) -> None:
+        """Note what has been written."""
+        for key, kept in batch.rounds.items():
+            self._written[key] = kept
+            if RoundState(kept.row["state"]) in ENDED:
+                del self._written[key]
+                self._live.pop(key, None)
+        for name, client in batch.clients.items():
+            if self._unwritten.get(name) in (None, client):
+                self._unwritten.pop(name, None)
+            else:  # told of again since this commit began
+                self._unwritten[name] = _merged(client, self._unwritten[name])
+
+    # Reading
+
+    async def rounds(self, run: str, limit: int) -> list[Round]:
+        """The newest rounds of a run, newest first. Raises DatabaseGone."""
+        return await self._read_rounds(_ROUNDS, {"of_run": run, "at_most": limit})
+
+    async def round(self, run: str, number: int) -> Round | None:
+        """A round. Raises DatabaseGone."""
+        return next(iter(await self._read_rounds(_ROUND, {"of_run": run, "number": number})), None)
+
+    async def unfinished(self, run: str) -> Round | None:
+        """The newest round of a run that is neither done nor abandoned. Raises DatabaseGone."""
+        return next(iter(await self._read_rounds(_UNFINISHED, {"of_run": run, "at_most": 1})), None)
+
+    async def part(self, assignment: str) -> Part | None:
+        """A part of any round. Raises DatabaseGone."""
+        for round in self._live.values():
+            if assignment in round.parts:
+                return round.parts[assignment]
+        return next(map(part_from_row, await self._rows(_PART, {"id": assignment})), None)
+
+    async def versions(self, run: str, limit: int) -> list[VersionRecord]:
+        """The newest versions of a run, newest first. Raises DatabaseGone."""
+        return list(map(version_from_row, await self._rows(_VERSIONS, {"of_run": run, "at_most": limit})))
+
+    async def version(self, run: str, number: int) -> VersionRecord | None:
+        """A version. Raises DatabaseGone."""
+        return next(map(version_from_row, await self._rows(_VERSION, {"of_run": run, "number": number})), None)
+
+    async def events(self, limit: int, run: str = "", client: str = "") -> list[EventRecord]:
+        """The newest events, of a run or client if given, newest first. Raises DatabaseGone."""
+        query = _EVENTS.where(EVENTS.c.run == _RUN) if run else _EVENTS
+        query = query.where(_OF_CLIENT) if client else query
+        wanted = {"at_most": limit} | ({"of_run": run} if run else {}) | ({"of_client": client} if client else {})
+        return list(map(event_from_row, await self._rows(query, wanted)))
+
+    async def _rows(self, query: sa.Select[Any], wanted: Row) -> list[Row]:
+        return await self._database.read(lambda connection: _fetch(connection, query, wanted))
+
+    async def _read_rounds(self, query: sa.Select[Any], wanted: Row) -> list[Round]:
+        async def work(connection: AsyncConnection) -> list[Round]:
+            rows = await _fetch(connection, query, wanted)
+            if not rows:
+                return []
+            limits = {"of_run": wanted["of_run"], "first": rows[-1]["number"], "last": rows[0]["number"]}
+            parts: dict[int, list[Part]] = {row["number"]: [] for row in rows}
+            for row in await _fetch(connection, _PARTS, limits):
+                parts[row["round"]].append(part_from_row(row))
+            return [round_from_row(row, parts[row["number"]]) for row in rows]
+
+        return [self._live.get(_round_key(round), round) for round in await self._database.read(work)]
+
+    # Watching
 
     async def watch(self) -> AsyncIterator[Record]:
         """All runs and clients as they are, then every change; a reader that is behind gets only the newest state of each."""
@@ -161,20 +285,9 @@ class Store:
         for watcher in self._watchers:
             watcher.end()
 
-    def _save_run(self, record: RunRecord) -> None:
-        before = self.runs.get(record.name)
-        durable = replace(record, next_round_at=None)
-        if before is None or replace(before, next_round_at=None) != durable:
-            content = asdict(durable)
-            del content["next_round_at"]
-            content |= {"state": record.state.value, "started_at": record.started_at.isoformat()}
-            content["opened_at"] = record.opened_at.isoformat() if record.opened_at is not None else None
-            _replace_file(self.run_folder(record.name) / "run.json", json.dumps(content, indent=1))
-        self.runs[record.name] = record
-
 
 class _Watcher:
-    """What one reader has not read yet: the newest state of each run, round, version and client that changed."""
+    """What one reader has not read yet: the newest state of each thing that changed."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -204,29 +317,42 @@ class _Watcher:
         return list(unread.values())
 
 
+async def _fetch(connection: AsyncConnection, query: sa.Select[Any], wanted: Row | None = None) -> list[Row]:
+    return [row._asdict() for row in await connection.execute(query, wanted)]
+
+
 def _key(record: Record) -> tuple[object, ...]:
     match record:
         case Round():
-            return Round, record.run, record.number
+            return Round, *_round_key(record)
         case VersionRecord():
             return VersionRecord, record.run, record.version.number
+        case EventRecord():
+            return EventRecord, record.id
         case RunRecord() | ClientRecord():
             return type(record), record.name
 
 
-def newest(records: Iterable[R], limit: int) -> list[R]:
-    """The last `limit` records, newest first."""
-    return list(records)[::-1][:limit]
+def _round_key(record: Round) -> RoundKey:
+    return record.run, record.number
 
 
-def _keep(kept: OrderedDict[K, R], key: K, record: R) -> None:
-    kept[key] = record
-    if len(kept) > _KEPT:
-        kept.popitem(last=False)
+def _since(committed: ClientRecord, before: Mapping[str, ClientRecord], now: Mapping[str, ClientRecord]) -> ClientRecord:
+    """A client whose commit is done, with what was told of it while that was under way."""
+    told = now.get(committed.name)
+    return committed if told is None or told is before.get(committed.name) else _merged(committed, told)
 
 
-def _replace_file(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+def _merged(committed: ClientRecord, told: ClientRecord) -> ClientRecord:
+    """Whether and how the client attends, as told last; how its results are received, as committed."""
+    return replace(told, accepted=committed.accepted, refused=committed.refused, quarantine=committed.quarantine)
+
+
+def _upsert(insert: Callable[[Table], Any], table: Table) -> Insert:
+    """Insert rows, each in place of that with the same key; an event that is there stays as it is."""
+    statement = insert(table)
+    if table is EVENTS:
+        return statement.on_conflict_do_nothing(index_elements=[EVENTS.c.id])  # type: ignore[no-any-return]
+    keys = list(table.primary_key)
+    changes = {column.name: statement.excluded[column.name] for column in table.c if column not in keys}
+    return statement.on_conflict_do_update(index_elements=keys, set_=changes)  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 class Words(TypeDecorator[str]):
-    """Text, also from strangers: what a database could not hold is replaced (PostgreSQL has no NUL; half a surrogate is no UTF-8)."""
+    """Text, also from strangers: what a database cannot hold (NUL on PostgreSQL, half a surrogate on both) is replaced."""
 
     impl = sa.Text
     cache_ok = True
@@ -43,8 +43,11 @@ class Moment(TypeDecorator[datetime]):
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """As it is stored."""
-        assert value is None or value.tzinfo is not None, f"{value} has no time zone"
-        return value.astimezone(UTC) if value is not None else None
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{value} has no time zone")
+        return value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """As it was."""
@@ -59,8 +62,8 @@ class Metrics(TypeDecorator[tuple[Metric, ...]]):
 
     def process_bind_param(self, value: tuple[Metric, ...] | None, dialect: Dialect) -> Any:
         """As they are stored."""
-        assert value is not None
-        return [[m.name, float(m.value) if math.isfinite(m.value) else str(float(m.value)), m.examples] for m in value]
+        metrics = value or ()
+        return [[m.name, float(m.value) if math.isfinite(m.value) else str(float(m.value)), m.examples] for m in metrics]
 
     def process_result_value(self, value: Any, dialect: Dialect) -> tuple[Metric, ...]:
         """As they were."""
@@ -209,7 +212,7 @@ def run_to_row(record: RunRecord, place: int) -> Row:
     }
 
 
-def run_from_row(row: Mapping[str, Any]) -> RunRecord:
+def run_from_row(row: Row) -> RunRecord:
     """The run that was stored."""
     content = dict(row)
     del content["place"]
@@ -233,7 +236,7 @@ def round_to_row(record: Round) -> Row:
     }
 
 
-def round_from_row(row: Mapping[str, Any], parts: Iterable[Part]) -> Round:
+def round_from_row(row: Row, parts: Iterable[Part]) -> Round:
     """The round that was stored, with its parts."""
     kinds = {"kind": Kind(row["kind"]), "state": RoundState(row["state"])}
     return Round(**dict(row) | kinds, parts={part.assignment: part for part in parts})
@@ -256,7 +259,7 @@ def part_to_row(part: Part, run: str, number: int, place: int) -> Row:
     }
 
 
-def part_from_row(row: Mapping[str, Any]) -> Part:
+def part_from_row(row: Row) -> Part:
     """The part that was stored."""
     content = dict(row)
     del content["run"], content["round"], content["place"]
@@ -277,7 +280,7 @@ def version_to_row(record: VersionRecord) -> Row:
     }
 
 
-def version_from_row(row: Mapping[str, Any]) -> VersionRecord:
+def version_from_row(row: Row) -> VersionRecord:
     """The version that was stored."""
     content = dict(row)
     version = VersionRef(content.pop("number"), content.pop("digest"), content.pop("size_bytes"))
@@ -299,7 +302,7 @@ def client_to_row(record: ClientRecord) -> Row:
     }
 
 
-def client_from_row(row: Mapping[str, Any]) -> ClientRecord:
+def client_from_row(row: Row) -> ClientRecord:
     """The client that was stored; it does not attend."""
     return ClientRecord(attending=False, **row)
 
@@ -317,7 +320,7 @@ def event_to_row(record: EventRecord) -> Row:
     }
 
 
-def event_from_row(row: Mapping[str, Any]) -> EventRecord:
+def event_from_row(row: Row) -> EventRecord:
     """The event that was stored."""
     content = dict(row)
     del content["sequence"]

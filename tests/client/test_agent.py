@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,12 @@ class Coordinator:
         self.uploads: asyncio.Queue[tuple[UploadHeader, bytes]] = asyncio.Queue()
         self.downloads: list[int] = []
         self.receipts: list[Receipt | ChoralError] = []
+        self.resumed: asyncio.Queue[UploadHeader] = asyncio.Queue()
+        self.resumptions: list[int | Receipt | ChoralError] = []
         self.attempts = 0
         self.unreachable_for = 0
         self.broken_downloads = 0
+        self.unreachable_downloads = 0
         self.checkpoint: Callable[[int], bytes] = model
 
     @asynccontextmanager
@@ -138,12 +141,15 @@ class Coordinator:
         finally:
             stream.closed.set()
 
-    async def download(self, version: VersionRef) -> bytes:
+    async def download(self, version: VersionRef, offset: int) -> AsyncGenerator[bytes, None]:
         self.downloads.append(version.number)
         if self.broken_downloads > 0:
             self.broken_downloads -= 1
             raise CorruptTransfer("a bit fell over")
-        return self.checkpoint(version.number)
+        if self.unreachable_downloads > 0:
+            self.unreachable_downloads -= 1
+            raise Unreachable("nobody is there")
+        yield self.checkpoint(version.number)[offset:]
 
     async def upload(self, header: UploadHeader, payload: memoryview) -> Receipt:
         self.uploads.put_nowait((header, bytes(payload)))
@@ -151,6 +157,13 @@ class Coordinator:
         if isinstance(receipt, ChoralError):
             raise receipt
         return receipt
+
+    async def resume(self, header: UploadHeader) -> int | Receipt:
+        self.resumed.put_nowait(header)
+        answer = self.resumptions.pop(0) if self.resumptions else 0
+        if isinstance(answer, ChoralError):
+            raise answer
+        return answer
 
 
 @pytest.fixture

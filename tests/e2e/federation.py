@@ -18,6 +18,7 @@ import grpc
 import yaml
 from choral.v1 import admin_pb2, admin_pb2_grpc
 from choral_server.trust import make_authority
+from e2e.zygote import Forked, Zygote
 
 PATIENCE_S = 90.0  # for a loaded machine; no test asserts how long anything took
 CLI = ("-m", "choral_deploy.cli")
@@ -80,25 +81,38 @@ task = replace(small.task, name="gated", loss=loss)
 class Process:
     """One process. Its standard error and output are read as they come, and kept."""
 
-    def __init__(self, name: str, arguments: Sequence[object], folder: Path, environment: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[object],
+        folder: Path,
+        environment: Mapping[str, object],
+        zygote: Zygote | None = None,
+    ) -> None:
         self.name = name
-        self.popen = subprocess.Popen(
-            [str(part) for part in arguments],
-            cwd=folder,
-            env=os.environ | {key: str(value) for key, value in environment.items()},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        words, surroundings = [str(part) for part in arguments], {key: str(value) for key, value in environment.items()}
+        pipes = [os.pipe(), os.pipe()]
+        (_, stdout), (_, stderr) = pipes
+        self.popen: subprocess.Popen[bytes] | Forked
+        if zygote is not None:
+            self.popen = zygote.start(words, folder, surroundings, stdout, stderr)
+        else:
+            self.popen = subprocess.Popen(
+                words,
+                cwd=folder,
+                env=os.environ | surroundings,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
         self.err: list[str] = []
         self.out: list[str] = []
         self._news = threading.Condition()
         self._reading = 2
-        for stream, lines in ((self.popen.stdout, self.out), (self.popen.stderr, self.err)):
-            assert stream is not None
-            threading.Thread(target=self._read, args=(stream, lines), daemon=True).start()
+        for (reading, writing), lines in zip(pipes, (self.out, self.err), strict=True):
+            os.close(writing)
+            threading.Thread(target=self._read, args=(os.fdopen(reading), lines), daemon=True).start()
 
     @property
     def stderr(self) -> str:
@@ -138,6 +152,11 @@ class Process:
         """SIGTERM."""
         self.popen.send_signal(signal.SIGTERM)
 
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self.popen.kill()
+        self.code()
+
     def end(self) -> None:
         """Make sure that it has ended."""
         self.popen.kill()
@@ -163,8 +182,9 @@ class Process:
 class Federation:
     """A folder with an authority, a configuration and shards, and the processes that work there; all end with the context."""
 
-    def __init__(self, folder: Path, hosts: Sequence[str] = ("localhost", "127.0.0.1")) -> None:
+    def __init__(self, folder: Path, hosts: Sequence[str] = ("localhost", "127.0.0.1"), zygote: Zygote | None = None) -> None:
         make_authority(folder, hosts)
+        self._zygote = zygote
         self.folder = folder
         self.config = folder / "choral.yaml"
         self.address = ""
@@ -222,8 +242,9 @@ class Federation:
 
     def start(self, name: str, *arguments: object, launcher: Sequence[object] = CLI, **options: Any) -> Process:
         """Start a `choral` command; options: `before`, words in front of it, `folder` to start it in, and `environment`."""
-        command = (*options.get("before", ()), sys.executable, *launcher, *arguments)
-        process = Process(name, command, options.get("folder") or self.folder, options.get("environment") or {})
+        command = arguments if self._zygote else (*options.get("before", ()), sys.executable, *launcher, *arguments)
+        folder, environment = options.get("folder") or self.folder, options.get("environment") or {}
+        process = Process(name, command, folder, environment, self._zygote)
         self.processes.append(process)
         return process
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from choral_server.aggregate import FRACTION_BITS, WeightedSum, entry_bound
+from choral_server.rounds import Part, PartState
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -26,9 +27,13 @@ def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folded(spool: Path, updates: Sequence[Update], cap: int = CAP) -> NDArray[np.float64]:
     total = WeightedSum(len(updates[0][0]), cap)
     for delta, examples in updates:
-        spool.write_bytes(delta.astype("<f4").tobytes())
-        total.fold(spool, examples)
+        add(total, spool, delta, examples)
     return total.mean()
+
+
+def add(total: WeightedSum, spool: Path, delta: NDArray[np.float32], examples: int, client: str = "alice") -> None:
+    spool.write_bytes(delta.astype("<f4").tobytes())
+    total.fold(Part(f"run/0/{client}", client, PartState.ACCEPTED, examples=examples), spool)
 
 
 def obvious(updates: Sequence[Update], cap: int = CAP) -> NDArray[np.float64]:
@@ -105,9 +110,8 @@ def test_the_largest_admissible_updates_do_not_overflow(spool: Path, cohort_size
     """As intake compares: in float32, to which the bound may have been rounded up."""
     largest = np.array([np.float32(entry_bound(cohort_size)) * sign], np.float32)
     total = WeightedSum(1, CAP)
-    spool.write_bytes(largest.tobytes())
     for _ in range(cohort_size):
-        total.fold(spool, CAP)
+        add(total, spool, largest, CAP)
     assert total.mean().tolist() == largest.tolist()
 
 
@@ -116,3 +120,30 @@ def test_the_bound_is_not_needlessly_low() -> None:
     assert entry_bound(1) == 65536
     assert entry_bound(8) == 8192
     assert 2 * 8 * int(entry_bound(8)) * 2**FRACTION_BITS == 2**63
+
+
+@given(UPDATES, st.data())
+def test_no_grouping_changes_a_bit_whatever_is_saved_and_loaded_between(
+    spool: Path, updates: list[Update], data: st.DataObject
+) -> None:
+    size = len(updates[0][0])
+    total = WeightedSum(size, CAP)
+    for number, (delta, examples) in enumerate(updates):
+        add(total, spool, delta, examples, f"client-{number}")
+        if data.draw(st.booleans(), label="saved here"):
+            total.save(spool.with_name("sum"))
+            total = WeightedSum.load(spool.with_name("sum"), size, CAP)
+    assert total.mean().tobytes() == folded(spool, updates).tobytes()
+    assert total.contained == {f"run/0/client-{number}" for number in range(len(updates))}
+
+
+@pytest.mark.parametrize("damage", ["bit", "short", "empty", "header", "size", "cap"])
+def test_a_sum_that_is_damaged_or_of_something_else_is_not_taken_for_one(spool: Path, damage: str) -> None:
+    total, path = WeightedSum(3, CAP), spool.with_name("sum")
+    add(total, spool, np.ones(3, np.float32), 7)
+    total.save(path)
+    content = path.read_bytes()
+    changed = {"bit": content[:-1] + b"\x40", "short": content[:-8], "empty": b"", "header": b"{}\n" + content.split(b"\n", 1)[1]}
+    path.write_bytes(changed.get(damage, content))
+    with pytest.raises(ValueError):
+        WeightedSum.load(path, 4 if damage == "size" else 3, 5 if damage == "cap" else CAP)

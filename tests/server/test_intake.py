@@ -1,21 +1,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from choral.errors import CorruptTransfer, UpdateRefused
+from choral.errors import UpdateRefused
 from choral.messages import UploadHeader
 from choral.metrics import Metric
 from choral.plan import Kind
 from choral.statistics import Moments
 from choral_server.aggregate import entry_bound
-from choral_server.intake import MAX_EXAMPLES, Spool, check_header, check_payload, payload_bytes
+from choral_server.intake import MAX_EXAMPLES, Bounds, check_header, check_payload, payload_bytes
 
-HEADER = UploadHeader("run/3/alice", "alice", 202, Kind.TRAINING, 4000, (Metric("loss", 0.5, 20),), ())
+HEADER = UploadHeader("run/3/alice", "alice", 202, Kind.TRAINING, 4000, (Metric("loss", 0.5, 20),), (), bytes(32))
 
 
 def test_how_long_a_payload_is() -> None:
@@ -60,12 +60,12 @@ def _delta(folder: Path, values: Sequence[float] | np.ndarray) -> Path:
 def test_an_update_up_to_the_bound_is_admitted_and_no_further(tmp_path: Path, cohort_size: int) -> None:
     bound = np.float32(entry_bound(cohort_size))
     assert float(bound) == entry_bound(cohort_size)
-    check_payload(HEADER, _delta(tmp_path, [0.0, bound, -bound]), cohort_size, None)
+    check_payload(HEADER, _delta(tmp_path, [0.0, bound, -bound]), Bounds(cohort_size))
     for beyond in (np.nextafter(bound, np.float32(np.inf)), -np.nextafter(bound, np.float32(np.inf))):
         with pytest.raises(
             UpdateRefused, match=f"the update of alice holds .*, over the bound of {bound:g}: lower the learning rate"
         ):
-            check_payload(HEADER, _delta(tmp_path, [0.0, beyond]), cohort_size, None)
+            check_payload(HEADER, _delta(tmp_path, [0.0, beyond]), Bounds(cohort_size))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -74,7 +74,7 @@ def test_an_undefined_number_anywhere_is_refused(tmp_path: Path, value: float, p
     delta = np.zeros(2**20 + 5, np.float32)
     delta[place] = value
     with pytest.raises(UpdateRefused, match="the update of alice holds an infinite or undefined number: lower the learning rate"):
-        check_payload(HEADER, _delta(tmp_path, delta), 2, None)
+        check_payload(HEADER, _delta(tmp_path, delta), Bounds(2))
 
 
 STATISTICS = replace(HEADER, kind=Kind.STATISTICS)
@@ -88,7 +88,7 @@ def _statistics(folder: Path, vector: Sequence[float] | np.ndarray) -> Path:
 
 def test_statistics_are_admitted(tmp_path: Path) -> None:
     moments = Moments.of(np.array([[1.0, 2.0], [3.0, 5.0]]))
-    check_payload(STATISTICS, _statistics(tmp_path, moments.to_vector()), 2, features=2)
+    check_payload(STATISTICS, _statistics(tmp_path, moments.to_vector()), Bounds(2, features=2))
 
 
 @pytest.mark.parametrize(
@@ -105,55 +105,23 @@ def test_statistics_are_admitted(tmp_path: Path) -> None:
 )
 def test_statistics_that_are_none_are_refused(tmp_path: Path, vector: list[float], told: str) -> None:
     with pytest.raises(UpdateRefused, match=told):
-        check_payload(STATISTICS, _statistics(tmp_path, vector), 2, features=2)
+        check_payload(STATISTICS, _statistics(tmp_path, vector), Bounds(2, features=2))
 
 
 @pytest.mark.parametrize("vector", [[2.0, 1e39, 0.0, 1.0, 1.0], [2.0, 0.0, -1e300, 1.0, 1.0], [2.0, 0.0, 0.0, 1.0, 1e300]])
 def test_statistics_that_float32_buffers_cannot_hold_are_refused(tmp_path: Path, vector: list[float]) -> None:
     """The model's mean or scale would become infinite, and every client's prediction undefined."""
     with pytest.raises(UpdateRefused):
-        check_payload(STATISTICS, _statistics(tmp_path, vector), 2, features=2)
+        check_payload(STATISTICS, _statistics(tmp_path, vector), Bounds(2, features=2))
 
 
 def test_the_result_of_an_evaluation_has_no_payload_to_check(tmp_path: Path) -> None:
-    check_payload(replace(HEADER, kind=Kind.EVALUATION), _delta(tmp_path, []), 2, None)
+    check_payload(replace(HEADER, kind=Kind.EVALUATION), _delta(tmp_path, []), Bounds(2))
 
 
-# The spool
-
-
-async def _pieces(*pieces: bytes, then: BaseException | None = None) -> AsyncIterator[bytes]:
-    for piece in pieces:
-        yield piece
-    if then is not None:
-        raise then
-
-
-async def test_pieces_become_one_file_each_upload_its_own(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "state" / "spool")
-    first, second = await spool.store(6, _pieces(b"abc", b"", b"def")), await spool.store(0, _pieces())
-    assert first.read_bytes() == b"abcdef"
-    assert second.read_bytes() == b""
-    assert first != second
-    assert {first.parent, second.parent} == {tmp_path / "state" / "spool"}
-
-
-@pytest.mark.parametrize(("announced", "told"), [(7, "6 bytes arrived where 7 were announced"), (5, "6 bytes arrived where 5")])
-async def test_another_length_than_announced_leaves_no_file(tmp_path: Path, announced: int, told: str) -> None:
-    with pytest.raises(CorruptTransfer, match=told):
-        await Spool(tmp_path).store(announced, _pieces(b"abc", b"def"))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("broken", [CorruptTransfer("CRC"), ConnectionResetError(), KeyboardInterrupt()])
-async def test_a_broken_transfer_leaves_no_file(tmp_path: Path, broken: BaseException) -> None:
-    with pytest.raises(type(broken)):
-        await Spool(tmp_path).store(6, _pieces(b"abc", then=broken))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_process_left_is_removed_at_the_start_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("0.upload", "17.upload", "notes.txt"):
-        (tmp_path / name).write_bytes(b"x")
-    Spool(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+def test_an_update_up_to_the_largest_norm_is_admitted_and_no_further(tmp_path: Path) -> None:
+    path = _delta(tmp_path, np.full(2**20 + 4, 3.0))
+    norm = 3.0 * (2**20 + 4) ** 0.5
+    check_payload(HEADER, path, Bounds(2, max_norm=norm * 1.000001))
+    with pytest.raises(UpdateRefused, match=r"the update of alice has a norm of 3072.01, over run.max_update_norm 3072: lower"):
+        check_payload(HEADER, path, Bounds(2, max_norm=3072.0))

@@ -110,16 +110,16 @@ EVENTS: dict[str, Event] = {
 
 # A dot: the part does not change.
 TABLE = """
-              downloading  working  uploading  declined  arrived   rejected  left    returned   recruited  extended   deadline   stopped
-announced     downloading  working  uploading  declined  accepted  refused   absent  .          .          .          cancelled  cancelled
-downloading   .            working  uploading  declined  accepted  refused   absent  announced  .          .          cancelled  cancelled
-working       downloading  .        uploading  declined  accepted  refused   absent  announced  .          .          cancelled  cancelled
-uploading     downloading  working  .          declined  accepted  refused   absent  announced  .          .          cancelled  cancelled
-absent        downloading  working  uploading  declined  accepted  refused   .       announced  .          .          cancelled  cancelled
-accepted      .            .        .          .         .         .         .       .          .          .          .          .
-declined      .            .        .          .         .         .         .       .          .          .          .          .
-refused       .            .        .          .         .         .         .       .          .          .          .          .
-cancelled     .            .        .          .         .         .         .       .          .          .          .          .
+            downloading working uploading declined arrived  rejected left   returned  recruited extended deadline  stopped
+announced   downloading working uploading declined accepted refused  absent .         .         .        cancelled cancelled
+downloading .           working uploading declined accepted refused  absent announced .         .        cancelled cancelled
+working     downloading .       uploading declined accepted refused  absent announced .         .        cancelled cancelled
+uploading   downloading working .         declined accepted refused  absent announced .         .        cancelled cancelled
+absent      downloading working uploading declined accepted refused  .      announced .         .        cancelled cancelled
+accepted    .           .       .         .        .        .        .      .         .         .        .         .
+declined    .           .       .         .        .        .        .      .         .         .        .         .
+refused     .           .       .         .        .        .        .      .         .         .        .         .
+cancelled   .           .       .         .        .        .        .      .         .         .        .         .
 """
 
 

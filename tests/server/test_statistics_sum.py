@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from choral.statistics import Moments, merge_all
+from choral_server.rounds import Part, PartState
 from choral_server.statistics_sum import StatisticsSum
 
 
@@ -13,7 +14,7 @@ def _merged(folder: Path, order: tuple[str, ...], shards: dict[str, np.ndarray])
     for client in order:
         path = folder / f"{client}.upload"
         path.write_bytes(Moments.of(shards[client]).to_vector().astype("<f8").tobytes())
-        total.fold(path, client)
+        total.fold(Part(f"run/0/{client}", client, PartState.ACCEPTED), path)
     return merge_all(total.parts())
 
 
@@ -31,5 +32,5 @@ def test_parts_are_in_the_order_of_names(tmp_path: Path) -> None:
     for client, rows in (("bob", 2), ("alice", 3)):
         path = tmp_path / client
         path.write_bytes(Moments.of(np.ones((rows, 1))).to_vector().astype("<f8").tobytes())
-        total.fold(path, client)
+        total.fold(Part(f"run/0/{client}", client, PartState.ACCEPTED), path)
     assert [part.count for part in total.parts()] == [3, 2]

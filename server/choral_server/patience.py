@@ -1,0 +1,29 @@
+"""Work that waits until what it needs is back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from choral.errors import ArtifactsGone
+
+from choral_server.troubles import Troubles
+
+T = TypeVar("T")
+_BACKOFF_S = (0.1, 5.0)  # first and longest wait between two attempts
+
+
+async def patiently(troubles: Troubles, subject: str, work: Callable[[], Awaitable[T]]) -> T:
+    """The result of `work`, tried until the store that it needs answers; meanwhile `subject` is among the troubles."""
+    pause_s, longest_s = _BACKOFF_S
+    while True:
+        try:
+            result = await work()
+        except (ArtifactsGone, OSError) as error:
+            troubles.found(subject, str(error))
+        else:
+            troubles.over(subject)
+            return result
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, longest_s)

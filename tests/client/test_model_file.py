@@ -1,0 +1,185 @@
+"""Versions are fetched into a file, from a transport that the test writes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import random
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from choral.errors import ChoralError, CorruptTransfer, Declined, UnknownVersion, Unreachable
+from choral.messages import Receipt, UploadHeader, VersionRef
+from choral.wire import CHUNK_BYTES
+from choral_client.backoff import Patience
+from choral_client.model_file import ModelFile
+
+SMALL = os.urandom(100)
+LARGE = os.urandom(5 * CHUNK_BYTES + 7)
+
+
+def version(content: bytes, number: int = 3) -> VersionRef:
+    return VersionRef(number, hashlib.sha256(content).digest(), len(content))
+
+
+def part_of(folder: Path, version: VersionRef) -> Path:
+    return folder / f"model.{version.digest.hex()[:16]}.part"
+
+
+class AtOnce(random.Random):
+    def uniform(self, a: float, b: float) -> float:
+        return a
+
+
+class Source:
+    """Sends `content`; attempt for attempt, it breaks with one of `breaks` after so many pieces."""
+
+    def __init__(self, content: bytes, *breaks: tuple[int, ChoralError]) -> None:
+        self.content = content
+        self.breaks = list(breaks)
+        self.offsets: list[int] = []
+        self.sent = 0
+        self.waiting = asyncio.Event()
+
+    async def download(self, version: VersionRef, offset: int) -> AsyncGenerator[bytes, None]:
+        self.offsets.append(offset)
+        pieces, error = self.breaks.pop(0) if self.breaks else (-1, None)
+        for begin in range(offset, len(self.content), CHUNK_BYTES):
+            if pieces == 0:
+                break
+            piece = self.content[begin : begin + CHUNK_BYTES]
+            self.sent += len(piece)
+            yield piece
+            pieces -= 1
+        if isinstance(error, Hang):
+            self.waiting.set()
+            await asyncio.Event().wait()
+        if error is not None:
+            raise error
+
+    def attend(self, hello: object) -> None: ...
+
+    async def upload(self, header: UploadHeader, payload: memoryview) -> Receipt:
+        raise AssertionError
+
+    async def resume(self, header: UploadHeader) -> int | Receipt:
+        raise AssertionError
+
+
+class Hang(ChoralError):
+    """Not raised: the download stands still there."""
+
+
+def model_file(source: Source, folder: Path) -> ModelFile:
+    return ModelFile(source, folder, Patience(AtOnce()))  # type: ignore[arg-type]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("content", [SMALL, LARGE[:CHUNK_BYTES], LARGE[: CHUNK_BYTES + 1], LARGE])
+async def test_a_version_is_fetched_once(tmp_path: Path, content: bytes) -> None:
+    source = Source(content)
+    models = model_file(source, tmp_path)
+    assert not models.holds(version(content))
+    assert await asyncio.gather(*(models.obtain(version(content)) for _ in range(3))) == [content] * 3
+    assert models.holds(version(content))
+    assert source.offsets == [0]
+    assert (tmp_path / "model.safetensors").read_bytes() == content
+    assert names(tmp_path) == ["model.safetensors"]
+
+
+async def test_what_an_earlier_start_has_left_is_not_fetched_again(tmp_path: Path) -> None:
+    source = Source(LARGE)
+    (tmp_path / "model.safetensors").write_bytes(LARGE)
+    assert await model_file(source, tmp_path).obtain(version(LARGE)) == LARGE
+    assert source.offsets == []
+
+
+async def test_a_model_of_the_same_length_is_not_the_model(tmp_path: Path) -> None:
+    source = Source(SMALL)
+    (tmp_path / "model.safetensors").write_bytes(SMALL[::-1])
+    assert await model_file(source, tmp_path).obtain(version(SMALL)) == SMALL
+
+
+async def test_a_download_goes_on_where_the_link_broke(tmp_path: Path) -> None:
+    gone = Unreachable("gone")
+    source = Source(LARGE, (1, gone), (2, gone), (0, gone), (1, gone))
+    assert await model_file(source, tmp_path).obtain(version(LARGE)) == LARGE
+    assert source.offsets == [pieces * CHUNK_BYTES for pieces in (0, 1, 3, 3, 4)]
+    assert source.sent == len(LARGE)
+
+
+async def test_a_download_goes_on_after_a_restart_of_the_client(tmp_path: Path) -> None:
+    source = Source(LARGE, (3, Hang()))
+    obtaining = asyncio.create_task(model_file(source, tmp_path).obtain(version(LARGE)))
+    await source.waiting.wait()
+    obtaining.cancel()
+    with suppress(asyncio.CancelledError):
+        await obtaining
+    assert part_of(tmp_path, version(LARGE)).stat().st_size == 3 * CHUNK_BYTES
+    assert await model_file(source, tmp_path).obtain(version(LARGE)) == LARGE
+    assert source.offsets == [0, 3 * CHUNK_BYTES]
+    assert names(tmp_path) == ["model.safetensors"]
+
+
+async def test_a_part_that_only_lacked_its_name(tmp_path: Path) -> None:
+    part_of(tmp_path, version(LARGE)).write_bytes(LARGE)
+    source = Source(LARGE)
+    assert await model_file(source, tmp_path).obtain(version(LARGE)) == LARGE
+    assert source.sent == 0
+
+
+@pytest.mark.parametrize("part", [LARGE[:10] + b"?", LARGE + b"?", bytes(CHUNK_BYTES)])
+async def test_a_damaged_part_is_found_and_fetched_again(tmp_path: Path, part: bytes) -> None:
+    part_of(tmp_path, version(LARGE)).write_bytes(part)
+    source = Source(LARGE)
+    assert await model_file(source, tmp_path).obtain(version(LARGE)) == LARGE
+    assert source.offsets[-1] == 0
+    assert names(tmp_path) == ["model.safetensors"]
+
+
+async def test_parts_of_other_versions_are_removed(tmp_path: Path) -> None:
+    part_of(tmp_path, version(SMALL)).write_bytes(b"x")
+    (tmp_path / "model.part").write_bytes(b"of a release before")
+    source = Source(LARGE, *[(0, Unreachable("gone"))] * 4)
+    with pytest.raises(Unreachable):
+        await model_file(source, tmp_path).obtain(version(LARGE))
+    assert names(tmp_path) == []
+
+
+async def test_a_source_that_sends_something_else_is_given_up(tmp_path: Path) -> None:
+    source = Source(LARGE[::-1])
+    with pytest.raises(CorruptTransfer, match="version 3 arrived with another digest than was announced: fetch it again"):
+        await model_file(source, tmp_path).obtain(version(LARGE))
+    assert source.offsets == [0] * 4
+    assert names(tmp_path) == []
+
+
+async def test_it_is_given_up_when_four_attempts_bring_nothing(tmp_path: Path) -> None:
+    gone = [(pieces, Unreachable(f"gone {attempt}")) for attempt, pieces in enumerate([0, 1, 0, 1, 0, 1, 0, 0])]
+    source = Source(LARGE, *gone)
+    models = model_file(source, tmp_path)
+    with pytest.raises(Unreachable, match="gone 6"):
+        await models.obtain(version(LARGE))
+    source.breaks.clear()
+    assert await models.obtain(version(LARGE)) == LARGE
+    assert source.sent == len(LARGE)
+
+
+async def test_a_refusal_ends_it_at_once(tmp_path: Path) -> None:
+    source = Source(LARGE, (0, UnknownVersion("version 3 is not kept any more")))
+    with pytest.raises(UnknownVersion):
+        await model_file(source, tmp_path).obtain(version(LARGE))
+    assert source.offsets == [0]
+
+
+@pytest.mark.parametrize("content", [SMALL, LARGE])
+async def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").mkdir()  # nothing can take its place
+    with pytest.raises(Declined, match=r"version 3 cannot be kept in .* \(.*directory.*\): make room there"):
+        await model_file(Source(content), tmp_path).obtain(version(content))

@@ -1,0 +1,181 @@
+"""Starts `choral` commands quickly: a process that has imported everything forks once for each.
+
+A coordinator or client spends three seconds on importing torch, which tests that start hundreds of them cannot afford. A forked one
+is a process of its own as any other: it gets its own command line, environment, folder and streams, and can be killed.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_IMPORTED = (
+    "torch",
+    "pandas",
+    "alembic.command",
+    "sqlalchemy.ext.asyncio",
+    "sqlalchemy.dialects.sqlite.aiosqlite",
+    "sqlalchemy.dialects.postgresql.asyncpg",
+    "aiosqlite",
+    "asyncpg",
+    "choral_server.app",
+    "choral_client.app",
+    "choral_deploy.server_commands",
+    "choral_deploy.client_commands",
+)
+
+
+class Zygote:
+    """The process that forks. `start` gives something with the interface of `subprocess.Popen` that a test needs."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "e2e.zygote", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                cwd="/",
+            )
+        self._socket = ours
+        self._asking = threading.Lock()
+        self._ended = threading.Condition()
+        self._codes: dict[int, int] = {}
+        self._started: list[int] = []
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def start(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], stdout: int, stderr: int) -> Forked:
+        """Run `choral` with these arguments, with these descriptors as its output."""
+        request = json.dumps({"arguments": arguments, "folder": str(folder), "environment": dict(environment)}).encode()
+        with self._asking, self._ended:
+            before = len(self._started)
+            rights = array.array("i", [stdout, stderr])
+            self._socket.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            self._ended.wait_for(lambda: len(self._started) > before or self._process.poll() is not None)
+            return Forked(self, self._started[before])
+
+    def code(self, pid: int, timeout: float | None) -> int | None:
+        """The exit code of a child, as Popen tells it; None: it still runs."""
+        with self._ended:
+            self._ended.wait_for(lambda: pid in self._codes, timeout)
+            return self._codes.get(pid)
+
+    def end(self) -> None:
+        """End it; children that still run stay."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _listen(self) -> None:
+        while message := _received(self._socket):
+            told: dict[str, Any] = json.loads(message)
+            with self._ended:
+                if "started" in told:
+                    self._started.append(told["started"])
+                else:
+                    self._codes[told["ended"]] = told["code"]
+                self._ended.notify_all()
+
+
+class Forked:
+    """One process that the zygote started."""
+
+    def __init__(self, zygote: Zygote, pid: int) -> None:
+        self._zygote = zygote
+        self.pid = pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, or minus the signal that ended it; None while it runs."""
+        return self._zygote.code(self.pid, 0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end. Raises TimeoutExpired."""
+        code = self._zygote.code(self.pid, timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def _received(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(1 << 16)
+    except OSError:
+        return b""
+
+
+def _serve(connection: socket.socket) -> None:
+    for name in _IMPORTED:
+        __import__(name)
+    told = threading.Lock()
+
+    def tell(**what: int) -> None:
+        with told:
+            connection.send(json.dumps(what).encode())
+
+    def reap(pid: int) -> None:
+        _, status = os.waitpid(pid, 0)
+        tell(ended=pid, code=os.waitstatus_to_exitcode(status))
+
+    while True:
+        request, rights, _, _ = socket.recv_fds(connection, 1 << 16, 2)
+        if not request:
+            os._exit(0)
+        with told:  # no other thread may hold it in the child
+            pid = os.fork()
+        if pid == 0:
+            connection.close()
+            _become(json.loads(request), *rights)
+        for descriptor in rights:
+            os.close(descriptor)
+        tell(started=pid)
+        threading.Thread(target=reap, args=(pid,), daemon=True).start()
+
+
+def _become(request: dict[str, Any], stdout: int, stderr: int) -> None:
+    """Be the command that was asked for, and end."""
+    code = 70
+    try:
+        os.setsid()
+        os.chdir(request["folder"])
+        os.environ.update(request["environment"])
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
+        os.close(stdout)
+        os.close(stderr)
+        sys.path.insert(0, request["folder"])
+        sys.argv = ["choral", *request["arguments"]]
+        from choral_deploy.cli import main
+
+        main()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
