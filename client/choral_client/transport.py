@@ -101,18 +101,26 @@ class GrpcTransport:
     async def upload(self, header: UploadHeader, payload: memoryview) -> Receipt:
         """Send a result, of its payload the bytes from `header.offset` on."""
         call = self._stub.Upload()
+        interrupted = False
         try:
             async with _named(self._address):
-                # Written one by one, so that little more has left than the coordinator has taken. It may answer, or refuse, before
-                # it has all: then no more can be written, and the call itself tells why.
-                with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                try:
+                    # Written one by one, so that little more has left than the coordinator has taken.
                     for request in _upload(header, payload):
                         async with self._moving():
                             await call.write(request)
                     async with self._moving():
                         await call.done_writing()
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # broken, or the coordinator has answered already
+                    interrupted = True
                 async with self._moving(_RECEIPT_STALLS):
                     return wire.receipt_from_pb(await call)
+        except Unreachable:
+            # An answer that crosses a write may be lost in gRPC ("Internal error from Core"): ask for it.
+            answer = await self.resume(header) if interrupted else 0
+            if isinstance(answer, Receipt):
+                return answer
+            raise
         finally:
             call.cancel()
 

@@ -93,7 +93,7 @@ async def serve(config: ServerConfig, ready: Callable[[HostPort], None] = lambda
 
 async def _until_over(config: ServerConfig, coordinator: Coordinator, lease: Lease) -> None:
     """Conduct runs until it is enough, or the lease is lost; told to end, leave a round that takes too long to the next start."""
-    conducting = asyncio.create_task(_conduct(coordinator, config.exit_when_done))
+    conducting = asyncio.create_task(_conduct(coordinator, config))
     holding = asyncio.create_task(lease.renew_forever())
     loop = asyncio.get_running_loop()
 
@@ -120,10 +120,11 @@ async def _until_over(config: ServerConfig, coordinator: Coordinator, lease: Lea
                 await task
 
 
-async def _conduct(coordinator: Coordinator, exit_when_done: bool) -> None:
+async def _conduct(coordinator: Coordinator, config: ServerConfig) -> None:
     while not coordinator.draining:
         await coordinator.conduct()
-        if exit_when_done:
+        if config.exit_when_done and not coordinator.draining:
+            await coordinator.await_return(config.drain_s)
             return
         await coordinator.rest()
 

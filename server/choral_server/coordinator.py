@@ -28,6 +28,7 @@ from choral_server.standing import consequences
 
 log = structlog.get_logger()
 RESTART_S = 2.0  # when clients come back after a coordinator that was told to end
+_LATELY = 3  # rounds
 _LOOK_AGAIN_S = 2.0  # how often a full disk is looked at
 
 
@@ -317,6 +318,14 @@ class Coordinator:
         """Open no further round. One under way goes on; whoever cancels `conduct` leaves it to the next start."""
         self.draining = True
         self.wake()
+
+    async def await_return(self, patience_s: float) -> None:
+        """Wait at most `patience_s` for those who took part lately, but not since a restart: they do not know that it is over."""
+        last = await self._house.store.rounds(self.run.record.name, _LATELY)
+        clients = {part.client for round in last for part in round.parts.values() if part.state is PartState.ACCEPTED}
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self._house.sessions.seen(clients)
 
     async def dismiss(self, patience_s: float) -> None:
         """Send everyone away, for good unless the coordinator was told to end; wait at most `patience_s` until they are gone."""

@@ -67,10 +67,7 @@ class Database:
         except BaseException as error:
             await engine.dispose()
             if isinstance(error, SQLAlchemyError | sqlite3.Error | OSError | ValueError) or _is_gone(error):
-                raise ConfigError(
-                    f"database: {name} cannot be used ({_cause(error)}): see that it is there, not locked, and lets this user in, "
-                    "or give another"
-                ) from error
+                raise _unusable(name, error) from error
             raise
         return database
 
@@ -167,6 +164,12 @@ def _cause(error: BaseException) -> str:
     return str(driver).strip().partition("\n")[0] or type(driver).__name__
 
 
+def _unusable(name: str, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"database: {name} cannot be used ({_cause(error)}): see that it is there, unlocked, and lets this user in, or give another"
+    )
+
+
 def _shown(url: str) -> str:
     """The URL without what must not be shown: password and parameters."""
     scheme, _, rest = url.partition("://")
@@ -188,7 +191,14 @@ def _engine(url: str, name: str, busy_s: float) -> AsyncEngine:
 def _sqlite(rest: str, name: str, busy_s: float) -> AsyncEngine:
     if rest and not rest.startswith("/"):
         raise ConfigError(f"database: {name}: a file is given as sqlite:///path, an absolute one as sqlite:////path")
-    where = sa.URL.create("sqlite+aiosqlite", database=rest[1:] or ":memory:")
+    path = rest[1:] or ":memory:"
+    try:
+        sqlite3.connect(
+            path
+        ).close()  # aiosqlite's thread would outlive an attempt that fails, and complain when the loop is closed
+    except sqlite3.Error as error:
+        raise _unusable(name, error) from error
+    where = sa.URL.create("sqlite+aiosqlite", database=path)
     # isolation_level None: the driver begins no transaction of its own, so that schema changes are part of ours
     # no ROLLBACK when a connection goes back to the pool: each crossing to the connection's thread costs, and _attempt ends all
     driver = {"timeout": busy_s, "isolation_level": None}

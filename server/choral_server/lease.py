@@ -18,9 +18,10 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import GenericFunction
 
 from choral_server.database import Database
-from choral_server.tables import LEASES
+from choral_server.tables import INSERT, LEASES
 
 _NAME = "coordinator"
+_NEVER_TAKEN = {"name": _NAME, "holder": "", "epoch": 0, "expires_at": 0.0}
 
 
 class _Now(GenericFunction[float]):
@@ -69,8 +70,7 @@ class Lease:
         """Take the lease for `lease_s` seconds. Raises ConfigError: another holder has it; its own earlier self is no other."""
 
         async def work(connection: AsyncConnection) -> int:
-            if (await connection.execute(_STANDING)).first() is None:
-                await connection.execute(sa.insert(LEASES).values(name=_NAME, holder="", epoch=0, expires_at=0.0))
+            await connection.execute(INSERT[database.dialect](LEASES).on_conflict_do_nothing(), [_NEVER_TAKEN])
             taken = await connection.execute(_TAKE, {"by": holder, "for_s": lease_s})
             standing = (await connection.execute(_STANDING)).one()
             if taken.rowcount == 0:

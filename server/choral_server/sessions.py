@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass, field
 
 from choral.errors import InvalidMessage, ManifestMismatch, NameTaken, TaskMismatch
@@ -45,6 +45,8 @@ class Sessions:
         self._task_version = task_version
         self._manifest = manifest
         self._open: dict[str, Session] = {}
+        self._seen: set[str] = set()
+        self._any_seen = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -64,6 +66,8 @@ class Sessions:
             before.close()
         session = Session(hello.client, hello.instance, hello.examples, hello.software, address)
         self._open[hello.client] = session
+        self._seen.add(hello.client)
+        self._any_seen.set()
         self._empty.clear()
         return session
 
@@ -91,6 +95,12 @@ class Sessions:
         """Say something to everyone who attends."""
         for session in self._open.values():
             session.say(message)
+
+    async def seen(self, clients: Collection[str]) -> None:
+        """Wait until each of these has attended since the start."""
+        while not self._seen.issuperset(clients):
+            self._any_seen.clear()
+            await self._any_seen.wait()
 
     async def emptied(self) -> None:
         """Wait until nobody attends."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Table, bindparam
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import Insert
 
@@ -27,6 +26,7 @@ from choral_server.tables import (
     ASSIGNMENTS,
     CLIENTS,
     EVENTS,
+    INSERT,
     ROUNDS,
     RUNS,
     VERSIONS,
@@ -49,7 +49,6 @@ from choral_server.tables import (
 RoundKey = tuple[str, int]
 _UNREAD = 10_000  # states that a slow watcher may be behind; older ones are dropped
 _WRITTEN = (RUNS, ROUNDS, ASSIGNMENTS, VERSIONS, CLIENTS, EVENTS)  # in this order, for what refers to what
-_INSERT: dict[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 _RUN = bindparam("of_run", type_=Words)
 _LIMIT = bindparam("at_most", type_=sa.BigInteger)
@@ -97,7 +96,7 @@ class Store:
         self.clients = {client.name: client for client in clients}
         self._database = database
         self._lease = lease
-        self._upserts = {table: _upsert(_INSERT[database.dialect], table) for table in _WRITTEN}
+        self._upserts = {table: _upsert(INSERT[database.dialect], table) for table in _WRITTEN}
         self._places = {name: place for place, name in enumerate(self.runs)}
         self._turn = asyncio.Lock()
         self._unwritten: dict[str, ClientRecord] = {}

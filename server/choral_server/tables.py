@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,6 +12,7 @@ from choral.messages import VersionRef
 from choral.metrics import Metric
 from choral.plan import Kind
 from sqlalchemy import Column, ForeignKey, ForeignKeyConstraint, Index, MetaData, Table
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
@@ -20,6 +21,8 @@ from choral_server.records import ClientRecord, EventRecord, RunRecord, RunState
 from choral_server.rounds import Part, PartState, Round, RoundState
 
 Row = dict[str, Any]
+INSERT: Mapping[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+"""by dialect, the insert that knows ON CONFLICT"""
 
 
 class Words(TypeDecorator[str]):

@@ -8,13 +8,23 @@ import random
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from choral import Task, Training
-from choral.errors import ChoralError, CorruptTransfer, NameTaken, ProtocolMismatch, TrustError, Unreachable
+from choral.errors import (
+    ChoralError,
+    CorruptTransfer,
+    NameTaken,
+    OutOfSpace,
+    ProtocolMismatch,
+    TrustError,
+    Unreachable,
+    UpdateRefused,
+)
 from choral.messages import (
     Assignment,
     Cancel,
@@ -38,6 +48,7 @@ from choral_client.data import Shard
 from choral_client.diary import read
 from choral_client.work import Work
 from safetensors.torch import save
+from structlog.testing import capture_logs
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import TensorDataset
@@ -64,8 +75,8 @@ def model(value: float) -> bytes:
     return save({"weight": torch.full((1, 1), value), "bias": torch.zeros(1)})
 
 
-def version(number: int) -> VersionRef:
-    content = model(number)
+def version(number: int, content: bytes | None = None) -> VersionRef:
+    content = model(number) if content is None else content
     return VersionRef(number, hashlib.sha256(content).digest(), len(content))
 
 
@@ -400,22 +411,229 @@ async def test_work_and_its_end_heard_at_once(coordinator: Coordinator, tmp_path
     assert coordinator.attempts == 1
 
 
-async def test_a_broken_link_stops_the_work(coordinator: Coordinator, tmp_path: Path) -> None:
+async def test_new_work_takes_the_place_of_the_last(coordinator: Coordinator, tmp_path: Path) -> None:
     gate = Gate()
 
     async def script() -> None:
         stream = await coordinator.streams.get()
         stream.tell(WELCOME, assignment(0))
         await gate.reached()
-        stream.tell(Unreachable("the link broke"))
-        again = await coordinator.streams.get()
+        stream.tell(assignment(1))
+        await working_on(stream, "run/1/alice")
         gate.open.set()
-        again.tell(WELCOME, assignment(1))
         assert (await coordinator.uploads.get())[0].assignment == "run/1/alice"
-        again.tell(OVER)
+        stream.tell(OVER)
 
     await living(agent(coordinator, tmp_path, gate).live(), script)
     assert coordinator.uploads.empty()
+
+
+async def working_on(stream: Stream, assignment: str) -> None:
+    """Wait for the word that the client works on it."""
+    while await stream.said.get() != Status(assignment, Phase.WORKING):
+        pass
+
+
+# Broken links
+
+
+async def test_work_outlives_the_stream_and_its_result_needs_none(coordinator: Coordinator, tmp_path: Path) -> None:
+    gate = Gate()
+
+    async def script() -> None:
+        (stream := await coordinator.streams.get()).tell(WELCOME, assignment(0))
+        await gate.reached()
+        stream.tell(Unreachable("the link broke"))
+        again = await coordinator.streams.get()  # not welcomed yet
+        gate.open.set()
+        assert (await coordinator.uploads.get())[0].assignment == "run/0/alice"
+        again.tell(WELCOME, OVER)
+
+    await living(agent(coordinator, tmp_path, gate).live(), script)
+    assert not gate.begun.acquire(blocking=False)
+    assert coordinator.uploads.empty()
+
+
+async def test_work_that_is_announced_again_goes_on(coordinator: Coordinator, tmp_path: Path) -> None:
+    """A coordinator that has lost the stream, or was restarted, says again what it expects."""
+    gate = Gate()
+
+    async def script() -> None:
+        (stream := await coordinator.streams.get()).tell(WELCOME, assignment(0))
+        await gate.reached()
+        stream.tell(Unreachable("the link broke"))
+        again = await coordinator.streams.get()
+        again.tell(WELCOME, assignment(0))
+        await working_on(again, "run/0/alice")
+        gate.open.set()
+        assert (await coordinator.uploads.get())[0].assignment == "run/0/alice"
+        again.tell(OVER)
+
+    await living(agent(coordinator, tmp_path, gate).live(), script)
+    assert not gate.begun.acquire(blocking=False)
+    assert coordinator.uploads.empty()
+
+
+async def test_work_withdrawn_and_announced_again_in_one_breath(coordinator: Coordinator, tmp_path: Path) -> None:
+    gate = Gate()
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        await gate.reached()
+        stream.tell(Cancel("run/0/alice", "a mistake"), assignment(0))
+        gate.open.set()
+        assert (await coordinator.uploads.get())[0].assignment == "run/0/alice"
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path, gate).live(), script)
+
+
+async def test_work_waits_for_its_version_however_long_the_link_is_broken(coordinator: Coordinator, tmp_path: Path) -> None:
+    coordinator.unreachable_downloads = 20
+
+    async def script() -> None:
+        (stream := await coordinator.streams.get()).tell(WELCOME, assignment(0))
+        await coordinator.uploads.get()
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path, follow=False).live(), script)
+    assert coordinator.downloads == [0] * 21
+
+
+async def test_the_end_of_the_run_ends_whatever_waits_for_the_link(coordinator: Coordinator, tmp_path: Path) -> None:
+    coordinator.unreachable_downloads = 1_000_000
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        assert (await stream.said.get()) == Status("run/0/alice", Phase.DOWNLOADING)
+        stream.tell(OVER)
+
+    assert await living(agent(coordinator, tmp_path).live(), script) == "all rounds completed"
+
+
+# Restarts
+
+
+UPDATE = torch.tensor([0.2, 0.2]).numpy().tobytes()  # of the first assignment: see the life of one round
+
+
+async def trained_and_lost_the_link(coordinator: Coordinator, folder: Path) -> None:
+    """A life that ends, as with SIGTERM, while its result waits for the link."""
+    coordinator.receipts = [Unreachable("the link broke")]
+    life = asyncio.create_task(agent(coordinator, folder, rng=Slowest()).live())
+    (await coordinator.streams.get()).tell(WELCOME, assignment(0))
+    assert await asyncio.wait_for(coordinator.uploads.get(), PATIENCE_S)
+    life.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await life
+    assert len(list((folder / "outbox").iterdir())) == 1
+
+
+@pytest.mark.parametrize("announced_again", [False, True])
+async def test_a_result_outlives_the_client(coordinator: Coordinator, tmp_path: Path, announced_again: bool) -> None:
+    await trained_and_lost_the_link(coordinator, tmp_path)
+    coordinator.resumptions = [3]
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, *[assignment(0)] * announced_again)
+        header, payload = await coordinator.uploads.get()
+        assert (header.assignment, header.offset, payload) == ("run/0/alice", 3, UPDATE)
+        stream.tell(assignment(1))  # there is a time after that
+        assert (await coordinator.uploads.get())[0].assignment == "run/1/alice"
+        stream.tell(OVER)
+
+    gate = Gate()
+    gate.open.set()
+    await living(agent(coordinator, tmp_path, gate).live(), script)
+    assert coordinator.resumed.qsize() == 1
+    assert gate.begun.acquire(blocking=False)  # by the second assignment
+    assert not gate.begun.acquire(blocking=False)
+    assert coordinator.downloads == [0]  # the model was still there as well
+    assert list((tmp_path / "outbox").iterdir()) == []
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+async def test_a_result_that_is_not_wanted_any_more_is_not_sent(coordinator: Coordinator, tmp_path: Path, verdict: Verdict) -> None:
+    await trained_and_lost_the_link(coordinator, tmp_path)
+    coordinator.resumptions = [Receipt(verdict, "it was closed meanwhile")]
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME)
+        await coordinator.resumed.get()
+        stream.tell(OVER)
+
+    with capture_logs() as logs:
+        await living(agent(coordinator, tmp_path).live(), script)
+    assert coordinator.uploads.empty()
+    assert list((tmp_path / "outbox").iterdir()) == []
+    (told,) = [entry for entry in logs if entry["event"] == "sent"]
+    assert (told["round"], told["verdict"], told["reason"]) == (0, verdict.value, "it was closed meanwhile")
+
+
+async def test_a_damaged_result_is_worked_out_again_if_it_is_asked_for(coordinator: Coordinator, tmp_path: Path) -> None:
+    await trained_and_lost_the_link(coordinator, tmp_path)
+    (saved,) = (tmp_path / "outbox").iterdir()
+    saved.write_bytes(saved.read_bytes()[:-1] + b"?")
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        assert (await coordinator.uploads.get())[1] == UPDATE
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert coordinator.resumed.empty()
+
+
+async def test_a_result_that_is_withdrawn_is_forgotten(coordinator: Coordinator, tmp_path: Path) -> None:
+    coordinator.receipts = [Unreachable("the link broke")]
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        await coordinator.uploads.get()  # and now it waits for an hour
+        stream.tell(Cancel("run/0/alice", "round 0 closed"), OVER)
+
+    await living(agent(coordinator, tmp_path, rng=Slowest()).live(), script)
+    assert list((tmp_path / "outbox").iterdir()) == []
+    assert coordinator.resumed.empty()
+
+
+# Disks
+
+
+async def test_a_disk_that_takes_no_result_costs_the_round_and_not_the_client(coordinator: Coordinator, tmp_path: Path) -> None:
+    (tmp_path / "outbox").write_text("in the way")
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        assert (await stream.declined()).reason.startswith(f"the result cannot be kept in {tmp_path / 'outbox'} (Not a directory)")
+        (tmp_path / "outbox").unlink()
+        stream.tell(assignment(1))
+        assert (await coordinator.uploads.get())[0].assignment == "run/1/alice"
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+
+
+async def test_a_disk_that_takes_no_model_costs_the_round_and_not_the_client(coordinator: Coordinator, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        assert (await stream.declined()).reason.startswith(f"version 0 cannot be kept in {tmp_path} (Is a directory)")
+        (tmp_path / "model.safetensors").rmdir()
+        stream.tell(assignment(1))
+        assert (await coordinator.uploads.get())[0].assignment == "run/1/alice"
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
 
 
 async def test_a_life_that_is_cancelled_ends_whatever_the_work_thread_does(coordinator: Coordinator, tmp_path: Path) -> None:
@@ -455,11 +673,12 @@ async def test_it_declines_with_the_reason_and_stays(coordinator: Coordinator, t
 
 async def test_a_checkpoint_of_another_model_is_declined(coordinator: Coordinator, tmp_path: Path) -> None:
     """Whatever goes wrong in the work, the coordinator hears of it."""
-    coordinator.checkpoint = lambda number: save({"something": torch.zeros(3)})
+    other = save({"something": torch.zeros(3)})
+    coordinator.checkpoint = lambda number: other
 
     async def script() -> None:
         stream = await coordinator.streams.get()
-        stream.tell(WELCOME, assignment(0))
+        stream.tell(WELCOME, replace(assignment(0), version=version(0, other)))
         assert "something" in (await stream.declined()).reason
         stream.tell(OVER)
 
@@ -480,17 +699,31 @@ async def test_an_upload_that_breaks_is_sent_again(coordinator: Coordinator, tmp
     assert coordinator.receipts == []
 
 
-async def test_it_declines_when_the_result_cannot_be_sent(coordinator: Coordinator, tmp_path: Path) -> None:
-    coordinator.receipts = [CorruptTransfer(f"damaged {attempt}") for attempt in range(9)]
+async def test_it_declines_when_the_result_is_refused(coordinator: Coordinator, tmp_path: Path) -> None:
+    coordinator.receipts = [CorruptTransfer("damaged"), UpdateRefused("not that one")]
 
     async def script() -> None:
         stream = await coordinator.streams.get()
         stream.tell(WELCOME, assignment(0))
-        assert (await stream.declined()).reason == "damaged 3"
+        assert (await stream.declined()).reason == "not that one"
         stream.tell(OVER)
 
     await living(agent(coordinator, tmp_path).live(), script)
-    assert len(coordinator.receipts) == 5
+    assert list((tmp_path / "outbox").iterdir()) == []
+
+
+async def test_it_tries_to_send_for_as_long_as_it_lives(coordinator: Coordinator, tmp_path: Path) -> None:
+    coordinator.receipts = [CorruptTransfer("damaged"), Unreachable("gone"), OutOfSpace("the spool is full")] * 10
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, assignment(0))
+        for _ in range(31):
+            await coordinator.uploads.get()
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert coordinator.resumed.qsize() == 30
 
 
 async def test_it_says_that_it_is_alive(coordinator: Coordinator, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from choral.errors import ConfigError
 from choral_client.diary import Diary, read
+from structlog.testing import capture_logs
 
 
 def test_the_last_note_is_read_with_its_age(tmp_path: Path) -> None:
@@ -28,6 +29,15 @@ def test_an_old_note_is_old(tmp_path: Path) -> None:
 def test_only_the_note_is_left_in_the_folder(tmp_path: Path) -> None:
     Diary(tmp_path).write("attending")
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_note_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    Diary(tmp_path).write("attending")
+    (tmp_path / ".status.json.part").mkdir()
+    with capture_logs() as logs:
+        Diary(tmp_path).write("working")
+    assert [entry["event"] for entry in logs] == ["status not written"]
+    assert read(tmp_path)["doing"] == "attending"
 
 
 def test_no_note(tmp_path: Path) -> None:

@@ -94,7 +94,10 @@ HEADERS = st.builds(
     payload_bytes=COUNT,
     held_out=METRICS,
     work=METRICS,
+    digest=st.binary(min_size=wire.DIGEST_BYTES, max_size=wire.DIGEST_BYTES),
+    offset=COUNT,
 )
+RECEIPTS = st.builds(Receipt, verdict=st.sampled_from(Verdict), reason=TEXT)
 
 
 def _sent(message: M) -> M:
@@ -125,9 +128,26 @@ def test_upload_headers_round_trip(header: UploadHeader) -> None:
     assert wire.header_from_pb(_sent(wire.header_to_pb(header))) == header
 
 
-@given(st.builds(Receipt, verdict=st.sampled_from(Verdict), reason=TEXT))
+@given(RECEIPTS)
 def test_receipts_round_trip(receipt: Receipt) -> None:
     assert wire.receipt_from_pb(_sent(wire.receipt_to_pb(receipt))) == receipt
+
+
+@given(COUNT | RECEIPTS)
+def test_where_an_upload_goes_on_round_trips(answer: int | Receipt) -> None:
+    message = wire.resumption_to_pb(answer)
+    assert message.WhichOneof("answer") == ("receipt" if isinstance(answer, Receipt) else "offset")
+    assert wire.resumption_from_pb(_sent(message)) == answer
+
+
+def test_an_answer_that_says_nothing_begins_again() -> None:
+    assert wire.resumption_from_pb(pb.ResumeUploadResponse()) == 0
+
+
+@pytest.mark.parametrize("length", [0, 20, 31, 33, 64])
+def test_a_digest_that_is_none_is_refused(length: int) -> None:
+    with pytest.raises(InvalidMessage, match=f"the digest of an upload has {length} bytes; a SHA-256 has 32"):
+        wire.header_from_pb(pb.UploadHeader(payload=pb.PAYLOAD_KIND_DELTA, digest=bytes(length)))
 
 
 def test_never_and_at_once_are_told_apart() -> None:
@@ -166,9 +186,11 @@ def test_unknown_enum_values_are_refused_by_name(number: int) -> None:
     with pytest.raises(InvalidMessage, match=f"phase {number} is unknown to this release"):
         wire.from_client_from_pb(pb.AttendRequest(status=pb.Status(phase=number)))
     with pytest.raises(InvalidMessage, match=f"payload kind {number} is unknown"):
-        wire.header_from_pb(pb.UploadHeader(payload=number))
+        wire.header_from_pb(pb.UploadHeader(payload=number, digest=bytes(32)))
     with pytest.raises(InvalidMessage, match=f"verdict {number} is unknown"):
         wire.receipt_from_pb(pb.UploadResponse(verdict=number))
+    with pytest.raises(InvalidMessage, match=f"verdict {number} is unknown"):
+        wire.resumption_from_pb(pb.ResumeUploadResponse(receipt=pb.UploadResponse(verdict=number)))
     with pytest.raises(InvalidMessage, match=f"round kind {number} is unknown"):
         wire.plan_from_pb(pb.Plan(kind=number, batch_size=1, learning_rate=0.1))
     with pytest.raises(InvalidMessage, match=f"entry kind {number} is unknown"):
@@ -205,6 +227,14 @@ def test_bytes_are_cut_and_put_together(length: int) -> None:
     assert all(len(chunk.data) == wire.CHUNK_BYTES for chunk in cut[:-1])
     assert all(chunk.ByteSize() < wire.MESSAGE_BYTES for chunk in cut)
     assert _received(cut, length) == data
+
+
+@given(st.integers(0, 2 * wire.CHUNK_BYTES + 2))
+def test_bytes_are_cut_from_anywhere_on(begin: int) -> None:
+    data = memoryview(bytes(2 * wire.CHUNK_BYTES + 1))
+    cut = list(wire.chunks(data, begin))
+    assert [chunk.offset for chunk in cut] == list(range(begin, len(data), wire.CHUNK_BYTES))
+    assert sum(len(chunk.data) for chunk in cut) == max(0, len(data) - begin)
 
 
 @given(st.binary(max_size=100), st.integers(0, 2**40))

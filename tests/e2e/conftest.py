@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 from e2e.federation import Federation
 from e2e.zygote import Zygote
+from server.databases import postgres
+
+__all__ = ["postgres"]
 
 
 @pytest.fixture
