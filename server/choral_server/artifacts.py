@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
-from choral.durable import remove_leftovers, write_durably
+from choral.durable import sync_folder, write_durably
 from choral.errors import ArtifactsGone, ConfigError, UnknownArtifact
 
 from choral_server.offload import offload
 
-_PROBE = ".choral-probe"
+_PROBE = "choral-probe"
 
 
 class Artifacts(Protocol):
@@ -28,7 +27,7 @@ class Artifacts(Protocol):
         """Keep nothing under `key`."""
 
     async def list(self, prefix: str) -> list[str]:
-        """The keys that begin with `prefix`, sorted; it ends in a slash."""
+        """The keys that begin with `prefix`, which ends in a slash; sorted."""
 
     def location(self, key: str) -> str:
         """Where that is, for people: a path or a URL."""
@@ -44,14 +43,16 @@ class FolderArtifacts:
         self._folder = folder
 
     async def put(self, key: str, content: bytes) -> None:
+        """Keep `content`; file and name are on the disk when this returns."""
         path = self._folder / key
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_durably(path.parent)
             await offload(len(content), write_durably, path, content)
         except OSError as error:
             raise ArtifactsGone(f"{path} cannot be written ({error.strerror})") from error
 
     async def get(self, key: str) -> bytes:
+        """What is kept under `key`."""
         path = self._folder / key
         try:
             return await asyncio.to_thread(path.read_bytes)
@@ -61,19 +62,28 @@ class FolderArtifacts:
             raise ArtifactsGone(f"{path} cannot be read ({error.strerror})") from error
 
     async def delete(self, key: str) -> None:
-        (self._folder / key).unlink(missing_ok=True)
+        """Keep nothing under `key`."""
+        path = self._folder / key
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ArtifactsGone(f"{path} cannot be deleted ({error.strerror})") from error
 
     async def list(self, prefix: str) -> list[str]:
+        """The keys that begin with `prefix`; names in it are links and do not count."""
         folder = self._folder / prefix
-        if not folder.is_dir():
-            return []
-        remove_leftovers(folder)
-        return sorted(f"{prefix}{path.name}" for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+        try:
+            files = [path for path in folder.rglob("[!.]*") if path.is_file() and not path.is_symlink()]
+        except OSError as error:
+            raise ArtifactsGone(f"{folder} cannot be listed ({error.strerror})") from error
+        return sorted(path.relative_to(self._folder).as_posix() for path in files)
 
     def location(self, key: str) -> str:
+        """The file's path."""
         return str(self._folder / key)
 
     def local(self, key: str) -> Path | None:
+        """The file."""
         return self._folder / key
 
 
@@ -81,17 +91,29 @@ async def open_artifacts(url: str | None, folder: Path) -> Artifacts:
     """The store at `url`, or `folder` if there is none. Raises ConfigError: it is no such URL, or the store cannot be used."""
     if url is None:
         return FolderArtifacts(folder)
-    scheme = urlsplit(url).scheme
+    scheme = url.partition("://")[0]
     if scheme != "s3":
-        raise ConfigError(f"artifacts: {scheme or url!r} is not known; give s3://bucket/prefix, or nothing for the state folder")
+        shown = "what is given" if "@" in scheme else repr(scheme)  # it may hold a password
+        raise ConfigError(f"artifacts: {shown} is not known; give s3://bucket/prefix, or nothing for the state folder")
     try:
         from choral_server.s3 import S3Artifacts
     except ImportError as error:
         raise ConfigError("artifacts: S3 needs obstore: pip install 'choral[s3]'") from error
     store = S3Artifacts.at(url)
     try:
-        await store.put(_PROBE, b"")
+        await store.put(_PROBE, b"choral")
+        await store.get(_PROBE)
         await store.delete(_PROBE)
-    except ArtifactsGone as error:
-        raise ConfigError(f"artifacts: {error}: look whether the bucket exists and AWS_* credentials may write to it") from error
+    except (ArtifactsGone, UnknownArtifact) as error:
+        raise ConfigError(
+            f"artifacts: {error}: see that the bucket exists, and that the AWS_* credentials may read, write and delete in it"
+        ) from error
     return store
+
+
+def _make_durably(folder: Path) -> None:
+    """Make a folder, and those above it, so that their names are there to stay."""
+    if not folder.is_dir():
+        _make_durably(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)

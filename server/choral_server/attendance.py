@@ -82,16 +82,18 @@ class Attendance:
 
     async def quarantine(self, name: str, reason: str) -> ClientRecord:
         """Ask and take no result from a client until it is released. Raises ConfigError: it is unknown."""
-        after = replace(self._known(name), quarantine=reason)
-        return await self._keep(after, EventRecord(self._house.clock(), "client quarantined", reason, client=name))
+        async with self._house.judging:
+            after = replace(self._known(name), quarantine=reason)
+            return await self._keep(after, EventRecord(self._house.clock(), "client quarantined", reason, client=name))
 
     async def release(self, name: str) -> ClientRecord:
         """Let a quarantined client take part again. Raises ConfigError or WrongState: it is unknown or was not quarantined."""
-        client = self._known(name)
-        if not client.quarantine:
-            raise WrongState(f"client {name} is not quarantined; there is nothing to release it from")
-        told = f"it was quarantined: {client.quarantine}"
-        return await self._keep(release(client), EventRecord(self._house.clock(), "client released", told, client=name))
+        async with self._house.judging:
+            client = self._known(name)
+            if not client.quarantine:
+                raise WrongState(f"client {name} is not quarantined; there is nothing to release it from")
+            told = f"it was quarantined: {client.quarantine}"
+            return await self._keep(release(client), EventRecord(self._house.clock(), "client released", told, client=name))
 
     def _known(self, name: str) -> ClientRecord:
         known = self._house.store.clients

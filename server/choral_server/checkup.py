@@ -57,7 +57,7 @@ async def _folder(folder: Path) -> str:
 async def _database(config: ServerConfig) -> str:
     if config.database is None and not (config.state / "choral.db").exists():
         return "will be made in the state folder"
-    database = await Database.open(config.database_url, Troubles())
+    database = await Database.open(config.database_url, Troubles(), migrate=False)
     await database.close()
     return "answers"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 import structlog
@@ -18,7 +18,6 @@ from choral_server.aggregate import WeightedSum
 from choral_server.failpoints import Step, Transition
 from choral_server.intake import Bounds, check_header, payload_bytes
 from choral_server.offload import offload
-from choral_server.records import Record
 from choral_server.rounds import (
     AT_WORK,
     ENDED,
@@ -70,6 +69,8 @@ class House:
     troubles: Troubles
     spool_bytes: int
     clock: Callable[[], datetime]
+    judging: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """held while what a client's results say of it is read, changed and committed"""
 
     def eligible(self) -> tuple[str, ...]:
         """Who attends and may be asked."""
@@ -152,11 +153,11 @@ class Collection:
             after = replace(after, duration_s=self.elapsed_s)
         changed = [part for name, part in after.parts.items() if _differs(before.parts.get(name), part)]
         if changed or after.state is not before.state:
-            ended = (part for part in changed if part.state not in OPEN_PARTS)
-            others = consequences(after, ended, house.store.clients, self.run.settings.quarantine_after, house.clock())
+            ended = [part for part in changed if part.state not in OPEN_PARTS]
             at = Transition.PARTS_CHANGED if after.state is RoundState.OPEN else Transition.ROUND_CLOSED
-            records: list[Record] = [after, *others]
-            await house.store.commit(*records, at=at)
+            async with house.judging:
+                others = consequences(after, ended, house.store.clients, self.run.settings.quarantine_after, house.clock())
+                await house.store.commit(after, *others, at=at)
         else:
             house.store.tell(after)
         self.round = after

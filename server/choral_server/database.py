@@ -53,8 +53,8 @@ class Database:
         self._in_memory = isinstance(engine.sync_engine.pool, sa.StaticPool)
 
     @classmethod
-    async def open(cls, url: str, troubles: Troubles, busy_s: float = _BUSY_S) -> Database:
-        """Connect, and apply what migrations are missing. Raises ConfigError: no use can be made of the database.
+    async def open(cls, url: str, troubles: Troubles, busy_s: float = _BUSY_S, migrate: bool = True) -> Database:
+        """Connect, and apply what migrations are missing, if asked. Raises ConfigError: no use can be made of the database.
 
         `url` is sqlite:///path, sqlite:// (in memory) or postgresql://user:password@host:port/name, the latter with all that
         asyncpg understands. SQLite waits `busy_s` seconds for other processes that write before it counts as gone.
@@ -63,7 +63,7 @@ class Database:
         engine = _engine(url, name, busy_s)
         database = cls(name, engine, troubles)
         try:
-            await database._attempt(database._writing, lambda connection: connection.run_sync(_migrate, name))
+            await database._attempt(database._writing, lambda connection: connection.run_sync(_migrate, name, migrate))
         except BaseException as error:
             await engine.dispose()
             if isinstance(error, SQLAlchemyError | sqlite3.Error | OSError | ValueError) or _is_gone(error):
@@ -251,8 +251,8 @@ def _readers(engine: AsyncEngine) -> AsyncEngine:
     return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
 
-def _migrate(connection: Connection, name: str) -> None:
-    """Bring the schema to this release's. Raises ConfigError: it is that of a newer one."""
+def _migrate(connection: Connection, name: str, missing: bool) -> None:
+    """Bring the schema to this release's, if what is `missing` is to be applied. Raises ConfigError: it is that of a newer one."""
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATING)))
     config = Config()
@@ -266,5 +266,5 @@ def _migrate(connection: Connection, name: str) -> None:
             f"database: {name} was made by a newer release (its schema is {', '.join(sorted(unknown))}; this one knows up to "
             f"{script.get_current_head()}): run that release or a later one, or give another database"
         )
-    if present != set(script.get_heads()):
+    if missing and present != set(script.get_heads()):
         command.upgrade(config, "head")

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
-from choral_client.backoff import BASE_S, CAP_S, full_jitter
+from choral_client.backoff import BASE_S, CAP_S, Patience, full_jitter
 
 
 class Edge(random.Random):
@@ -36,3 +37,24 @@ def test_pauses_fill_the_whole_interval_evenly(attempt: int) -> None:
 def test_the_same_generator_gives_the_same_pauses() -> None:
     one, other = random.Random(7), random.Random(7)
     assert [full_jitter(n, one) for n in range(1, 9)] == [full_jitter(n, other) for n in range(1, 9)]
+
+
+async def test_all_pauses_end_when_the_link_is_back_and_the_next_does_not() -> None:
+    patience = Patience(Edge())
+    waiting = [asyncio.create_task(patience.pause(8)) for _ in range(3)]
+    await asyncio.sleep(0)
+    patience.link_is_back()
+    later = asyncio.create_task(patience.pause(8))
+    async with asyncio.timeout(30):
+        await asyncio.gather(*waiting)
+    assert not later.done()
+    later.cancel()
+
+
+async def test_a_pause_ends_by_itself() -> None:
+    class AtOnce(random.Random):
+        def uniform(self, a: float, b: float) -> float:
+            return 0.0
+
+    async with asyncio.timeout(30):
+        await Patience(AtOnce()).pause(8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,7 +95,7 @@ class Scripted:
         raise AssertionError(f"the stream ended without {kind}")
 
     def header(self, assignment: str, **changes: Any) -> pb.UploadHeader:
-        """The header of a good training result for the small task."""
+        """The header of a good training result for the small task; `upload` fills in the digest of what it sends."""
         said = {"assignment": assignment, "client": assignment.split("/")[-1], "examples": 10, "payload_bytes": 12}
         return pb.UploadHeader(**said | {"payload": pb.PAYLOAD_KIND_DELTA} | changes)
 
@@ -107,6 +108,8 @@ class Scripted:
         """Send a result: by default one good chunk of 1, 2, 3, and the right trailer."""
         chunks = pieces(delta(1, 2, 3)) if chunks is None else chunks
         count = len(chunks) if trailer is None else trailer
+        if not header.digest:
+            header.digest = hashlib.sha256(b"".join(chunk.data for chunk in chunks)).digest()
         return self.send(
             [
                 pb.UploadRequest(header=header),

@@ -93,17 +93,25 @@ def test_a_coordinator_told_to_end_finishes_its_round_and_goes_on_when_started_a
     assert "Traceback" not in coordinator.stderr + again.stderr + alice.stderr + bob.stderr
 
 
-def test_a_round_that_outlasts_the_drain_is_abandoned(federation: Federation) -> None:
+def test_a_round_that_outlasts_the_drain_is_left_to_the_next_start(federation: Federation) -> None:
     task = federation.write_task(GATED_TASK, "gated")
     run = {"rounds": 3, "cohort_size": 1}
-    coordinator = federation.coordinator(task=task, run=run, evaluation={"clients": False}, drain_s=0.2)
-    alice = federation.client("alice", task=task, environment={"GATE": federation.folder / "never"})
+    changes = {"task": task, "run": run, "evaluation": {"clients": False}, "drain_s": 0.2}
+    coordinator = federation.coordinator(**changes)
+    alice = federation.client("alice", task=task, environment={"GATE": federation.folder / "gate"})
     alice.saw("at the gate")
     coordinator.terminate()
     assert coordinator.code() == 0
-    coordinator.saw("round abandoned", reason="the coordinator was told to end")
+    coordinator.saw("round left to the next start")
     alice.saw("sent away", reason="the coordinator restarts")
     assert (federation.versions / "latest.safetensors").readlink() == Path("000000.safetensors")
+
+    again = federation.coordinator(listen=federation.address, **changes)
+    again.saw("round taken up", round=0)
+    (federation.folder / "gate").touch()
+    again.saw("round done", round=0, accepted=1)
+    assert (again.code(), alice.code()) == (0, 0)
+    assert len(alice.events("working", round=0)) == 1  # it was not trained twice
 
 
 def test_a_coordinator_told_to_end_after_its_run_keeps_its_clients_for_the_next(federation: Federation) -> None:

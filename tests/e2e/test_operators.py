@@ -99,7 +99,7 @@ def test_tables_are_for_people(federation: Federation) -> None:
 
 def test_what_is_unknown_is_named(federation: Federation) -> None:
     number = steer(federation, "rounds", "show", 99, "--run", "run")
-    assert (number.code(), number.stderr) == (2, "choral: round 99 is unknown; `choral rounds list` shows those that are kept\n")
+    assert (number.code(), number.stderr) == (2, "choral: round 99 is unknown; `choral rounds list` shows those there are\n")
     run = steer(federation, "versions", "list", "--run", "other")
     assert run.code() == 2
     assert run.stderr.startswith("choral: run 'other' is unknown; there are run")
