@@ -49,6 +49,8 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.bdp_probe", 0),  # with the next, bounds what is under way when a link breaks, and so has to be sent again
+    ("grpc.http2.lookahead_bytes", 524_288),
 ]
 
 

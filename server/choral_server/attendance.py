@@ -38,7 +38,7 @@ class Attendance:
         if known is not None:
             record = replace(record, refused=known.refused, quarantine=known.quarantine)
         house.store.later(record)
-        log.info("client joined", client=session.client, address=session.address, examples=session.examples)
+        log.info("client attends", client=session.client, address=session.address, examples=session.examples)
         if self.collection is not None:
             self.collection.returned(session.client)
         self._wake()

@@ -176,26 +176,28 @@ class _Taking:
 
     async def take(self) -> Summary:
         """Make the file. Raises _Overtaken."""
+        try:
+            return await self._take()
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise OutOfSpace(f"{self._file} cannot be written ({why}): make room there, or give another file") from error
+
+    async def _take(self) -> Summary:
         with ExitStack() as stack:
             folder = self._file.absolute().parent
-            try:
-                rows = {table: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for table in _TABLES}
-                aside = stack.enter_context(_aside(self._file))
-                tar = stack.enter_context(tarfile.open(fileobj=aside, mode="w", copybufsize=_PIECE_BYTES))
-                schema = await self._database.read(lambda connection: _dump(connection, rows))
-                self._check(schema)
-                runs = sum(1 for _ in _lines(RUNS, rows[RUNS]))
-                await self._add_about(tar, schema)
-                versions = await self._add_versions(tar, rows)
-                for table, content in rows.items():
-                    await self._add(tar, _member(table), content)
-                await self._add(tar, _CONTENTS, _json_file({"files": self._contents, "notes": self._notes}))
-                tar.close()
-                size_bytes = aside.tell()
-            except OSError as error:
-                raise OutOfSpace(
-                    f"{self._file} cannot be written ({error.strerror or error}): make room, or give another"
-                ) from error
+            rows = {table: stack.enter_context(tempfile.TemporaryFile(dir=folder)) for table in _TABLES}
+            aside = stack.enter_context(_aside(self._file))
+            tar = stack.enter_context(tarfile.TarFile(fileobj=aside, mode="w", copybufsize=_PIECE_BYTES))
+            schema = await self._database.read(lambda connection: _dump(connection, rows))
+            self._check(schema)
+            await self._add_about(tar, schema)
+            versions = await self._add_versions(tar, rows)
+            for table, content in rows.items():
+                await self._add(tar, _member(table), content)
+            await self._add(tar, _CONTENTS, _json_file({"files": self._contents, "notes": self._notes}))
+            tar.close()
+            size_bytes = aside.tell()
+            runs = sum(1 for _ in _lines(RUNS, rows[RUNS]))
         return Summary(self._file, self._now, runs, versions, size_bytes, tuple(self._notes))
 
     def _check(self, schema: str | None) -> None:
@@ -315,7 +317,7 @@ def _add_to(tar: tarfile.TarFile, name: str, content: IO[bytes], now: datetime, 
     member.size, member.mode, member.mtime = content.seek(0, os.SEEK_END), 0o600, int(now.timestamp())
     content.seek(0)
     hashed = _Hashed(content, advance)
-    tar.addfile(member, hashed)  # type: ignore[arg-type]
+    tar.addfile(member, hashed)
     return hashed.digest.hexdigest()
 
 
@@ -528,13 +530,13 @@ class Backup:
         by, schema, known = f"release {about['release']}", about["schema"], _schemas()
         if about["format"] > FORMAT:
             raise ConfigError(
-                f"{self.path} was written by {by} in format {about['format']}, and this release ({__version__}) reads up to {FORMAT}: "
-                "restore it with that release or a later one"
+                f"{self.path} was written by {by} in format {about['format']}, and this release ({__version__}) reads up to "
+                f"{FORMAT}: restore it with that release or a later one"
             )
         if schema not in known:
             raise ConfigError(
-                f"{self.path} was written by {by} with schema {schema}, which this release ({__version__}, schema {known[0]}) does not "
-                "know: restore it with that release or a later one"
+                f"{self.path} was written by {by} with schema {schema}, which this release ({__version__}, schema {known[0]}) "
+                "does not know: restore it with that release or a later one"
             )
         if schema != known[0]:
             raise ConfigError(
@@ -607,7 +609,7 @@ async def restore(config: ServerConfig, file: Path, now: datetime, progress: Pro
 
     Rounds that were under way are abandoned: their uploads are in no backup. Versions are written first and all rows in one
     transaction, so what is interrupted can be done again. Raises ConfigError, and has changed nothing: the file cannot be used, the
-    database is not empty or in use, or the store has other files in the versions' place. Raises ArtifactsGone, OutOfSpace, LeaseLost.
+    database is not empty or in use, or the store has other files in the versions' place. Raises ArtifactsGone, LeaseLost.
     """
     path = _database_file(config)
     with Backup.open(file, progress) as backup, _locked(config.state):

@@ -36,6 +36,12 @@ class GlobalModel:
         return self._standardize.mean.numel() if self._standardize is not None else None
 
     @property
+    def standardizes(self) -> bool:
+        """Whether the statistics of a round are in it."""
+        layer = self._standardize
+        return layer is not None and bool(layer.mean.any() or (layer.scale != 1).any())
+
+    @property
     def weights(self) -> NDArray[np.float32]:
         """The flat vector `(manifest.size,)`."""
         return flatten(self._model.state_dict(), self.manifest)

@@ -201,7 +201,9 @@ class Run:
         await self._load(number)
         new = self.record.latest + 1
         event = EventRecord(now, "rolled back", f"the model is again that of version {number}, as version {new}", self.record.name)
-        await self._publish(Made(self._content(new), self._state), lambda record: record, now, event)
+        measured = self.record.has_statistics and self.model.standardizes  # or the version is from before they were measured
+        made = Made(self._content(new), self._state)
+        await self._publish(made, lambda record: replace(record, has_statistics=measured), now, event)
 
     @property
     def has_test_set(self) -> bool:

@@ -113,13 +113,19 @@ class RoundSpool:
     def discard(self, path: Path) -> None:
         """Delete an upload that does not count."""
         path.unlink(missing_ok=True)
-        with suppress(OSError):  # others are there
-            self._folder.rmdir()
+        self._remove_if_empty()
 
     def clear(self) -> None:
         """Delete all of it."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_if_empty()
         failpoints.reach(Step.SPOOL_CLEARED.value)
+
+    def _remove_if_empty(self) -> None:
+        with suppress(OSError):  # others are there, or nothing is
+            self._folder.rmdir()
+        with suppress(OSError):
+            self._folder.parent.rmdir()
 
     def _part(self, header: UploadHeader) -> Path:
         return self.path(header.client, header.digest).with_suffix(".part")

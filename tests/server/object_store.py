@@ -69,6 +69,11 @@ class ObjectStore:
         """Where it is."""
         return f"http://127.0.0.1:{self._ports[6]}"
 
+    @property
+    def running(self) -> bool:
+        """Whether it has been started, and not been stopped since."""
+        return self._gateway is not None
+
     @staticmethod
     def credentials(name: str = "choral") -> dict[str, str]:
         """The environment of who may use it: `choral` everything, `reader` not write."""
@@ -177,6 +182,9 @@ class ObjectStore:
             if process is not None:
                 _kill(process)
         self._gateway = self._data = None
+        for port in self._ports:  # it makes these there, and a killed one leaves them
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -224,6 +232,8 @@ def object_store() -> Iterator[ObjectStore]:
 @pytest.fixture
 def bucket_url(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of a new bucket, which this process may use."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
     for name, value in object_store.credentials().items():
         monkeypatch.setenv(name, value)
     return object_store.new_bucket()

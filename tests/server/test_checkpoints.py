@@ -1,12 +1,20 @@
+"""The versions of a run, in a folder and in an object store with copies on the local disk."""
+
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from choral.errors import ConfigError
+from choral.messages import VersionRef
+from choral_server.artifacts import Artifacts, open_artifacts
 from choral_server.checkpoints import BEST, LATEST, Checkpoints
 from safetensors.torch import load_file, save
+
+Make = Callable[..., Checkpoints]
 
 
 def _content(value: float) -> bytes:
@@ -17,53 +25,162 @@ def _kept(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_version_opens_without_choral(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "run" / "versions")
-    checkpoints.write(3, _content(1.5))
+def _named(checkpoints: Checkpoints, name: str) -> Path:
+    return checkpoints.path(0).with_name(f"{name}.safetensors")
+
+
+@pytest.fixture(params=["folder", "s3"])
+async def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> Artifacts:
+    url = request.getfixturevalue("bucket_url") if request.param == "s3" else None
+    return await open_artifacts(url, tmp_path)
+
+
+@pytest.fixture
+def make(artifacts: Artifacts, tmp_path: Path) -> Make:
+    """The versions of a run, as a process that starts finds them."""
+    return lambda keep=None, run="run": Checkpoints(artifacts, tmp_path, run, keep)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the versions are on the local disk."""
+    return tmp_path / "runs/run/versions"
+
+
+async def test_a_version_opens_without_choral(make: Make, folder: Path) -> None:
+    checkpoints = make()
+    await checkpoints.write(3, _content(1.5))
     checkpoints.point(LATEST, 3)
-    for path in (tmp_path / "run/versions/000003.safetensors", tmp_path / "run/versions/latest.safetensors"):
+    for path in (folder / "000003.safetensors", folder / "latest.safetensors"):
         state = load_file(path)
         assert torch.equal(state["0.weight"], torch.full((2, 3), 1.5))
         assert torch.equal(state["steps"], torch.tensor(7))
 
 
-def test_a_reference_is_number_digest_and_size(tmp_path: Path) -> None:
-    checkpoints, content = Checkpoints(tmp_path), _content(1.0)
-    reference = checkpoints.write(12, content)
-    assert (reference.number, reference.digest, reference.size_bytes) == (12, hashlib.sha256(content).digest(), len(content))
-    assert checkpoints.reference(12) == reference
-    assert Checkpoints(tmp_path).reference(12) == reference
-    assert checkpoints.path(12).read_bytes() == content
+@pytest.mark.parametrize("size", [0, 100, 300_000], ids=["none", "little", "much"])  # the last in a thread
+async def test_a_reference_is_number_digest_and_size(make: Make, artifacts: Artifacts, size: int) -> None:
+    checkpoints, content = make(), bytes(size)
+    reference = await checkpoints.write(12, content)
+    assert reference == VersionRef(12, hashlib.sha256(content).digest(), size)
+    assert (await checkpoints.fetch(12, reference)).read_bytes() == content
+    assert await artifacts.get("runs/run/versions/000012.safetensors") == content
+    assert checkpoints.location(12) == artifacts.location("runs/run/versions/000012.safetensors")
 
 
-def test_names_move_and_stay_valid_when_the_folder_moves(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "before")
+async def test_runs_do_not_mix(make: Make) -> None:
+    await make(run="run").write(1, b"one", b"its state")
+    await make(run="run-2").write(1, b"two")
+    await make(run="run-2", keep=1).prune({2}, 2)
+    assert (await make().fetch(1)).read_bytes() == b"one"
+    assert await make().optimizer(1) == b"its state"
+
+
+async def test_names_move_and_stay_valid_when_the_folder_moves(make: Make, tmp_path: Path) -> None:
+    checkpoints = make()
     for number in (0, 1):
-        checkpoints.write(number, _content(number))
+        await checkpoints.write(number, _content(number))
         checkpoints.point(LATEST, number)
     checkpoints.point(BEST, 0)
-    assert checkpoints.name(LATEST).resolve() == checkpoints.path(1).resolve()
-    assert checkpoints.name(BEST).resolve() == checkpoints.path(0).resolve()
-    (tmp_path / "before").rename(tmp_path / "after")
-    assert load_file(Checkpoints(tmp_path / "after").name(LATEST))["0.weight"][0, 0] == 1.0
+    assert _named(checkpoints, LATEST).resolve() == checkpoints.path(1).resolve()
+    assert _named(checkpoints, BEST).resolve() == checkpoints.path(0).resolve()
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert load_file(tmp_path / "moved/run/versions/latest.safetensors")["0.weight"][0, 0] == 1.0
 
 
-def test_nothing_is_left_aside(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
+async def test_a_name_that_cannot_move_is_no_reason_to_stop(make: Make, folder: Path) -> None:
+    checkpoints = make()
+    await checkpoints.write(0, b"x")
+    (folder / "latest.safetensors").mkdir()
+    checkpoints.point(LATEST, 0)
+    checkpoints.point(BEST, 0)
+    assert (folder / "best.safetensors").read_bytes() == b"x"
+
+
+async def test_nothing_is_left_aside(make: Make, folder: Path) -> None:
+    checkpoints = make()
     for number in (0, 0, 1):
-        checkpoints.write(number, _content(number))
+        await checkpoints.write(number, _content(number))
         checkpoints.point(LATEST, number)
-    assert _kept(tmp_path) == ["000000.safetensors", "000001.safetensors", "latest.safetensors"]
+    assert _kept(folder) == ["000000.safetensors", "000001.safetensors", "latest.safetensors"]
 
 
-def test_what_a_killed_process_left_aside_does_no_harm(tmp_path: Path) -> None:
-    (tmp_path / ".000001.part").write_bytes(b"half a ver")
-    (tmp_path / ".latest.part").symlink_to("000000.safetensors")
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.write(1, _content(1.0))
+async def test_what_a_killed_process_left_aside_goes(make: Make, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / ".000001.safetensors.aside").write_bytes(b"half a ver")
+    (folder / ".latest.aside").symlink_to("000000.safetensors")
+    checkpoints = make()
+    await checkpoints.write(1, _content(1.0))
     checkpoints.point(LATEST, 1)
-    checkpoints.prune({1})
-    assert _kept(tmp_path) == ["000001.safetensors", "latest.safetensors"]
+    assert _kept(folder) == ["000001.safetensors", "latest.safetensors"]
+
+
+# What comes back
+
+
+async def test_the_local_copy_serves_and_can_be_lost(bucket_url: str, tmp_path: Path, folder: Path) -> None:
+    artifacts = await open_artifacts(bucket_url, tmp_path)
+    checkpoints, key, copy = (
+        Checkpoints(artifacts, tmp_path, "run"),
+        "runs/run/versions/000001.safetensors",
+        folder / "000001.safetensors",
+    )
+    reference = await checkpoints.write(1, b"a version")
+    await artifacts.put(key, b"not looked at")
+    for expected in (None, reference):
+        assert (await checkpoints.fetch(1, expected)).read_bytes() == b"a version"
+    await artifacts.put(key, b"a version")
+    for expected in (None, reference):
+        copy.unlink()
+        folder.rmdir()
+        assert await checkpoints.fetch(1, expected) == copy
+        assert copy.read_bytes() == b"a version"
+    copy.write_bytes(b"A version")  # damaged, and as long
+    assert (await checkpoints.fetch(1, reference)).read_bytes() == b"a version"
+
+
+async def test_a_damaged_version_is_refused_and_named(make: Make, artifacts: Artifacts, folder: Path) -> None:
+    checkpoints = make()
+    reference = await checkpoints.write(1, b"a version")
+    for damaged in (b"A version", b"a versio", b""):
+        await artifacts.put("runs/run/versions/000001.safetensors", damaged)
+        (folder / "000001.safetensors").write_bytes(damaged)  # the same file, or the copy
+        with pytest.raises(ConfigError) as refused:
+            await checkpoints.fetch(1, reference)
+        assert str(refused.value) == f"version 1 is damaged ({checkpoints.location(1)}): restore it from a backup"
+
+
+async def test_a_version_that_is_not_there_is_named(make: Make) -> None:
+    checkpoints = make()
+    await checkpoints.write(1, b"a version")
+    with pytest.raises(ConfigError) as refused:
+        await checkpoints.fetch(2)
+    assert str(refused.value) == (
+        f"version 2 is missing ({checkpoints.location(2)} does not exist): restore a backup, or give another run.name"
+    )
+
+
+async def test_the_optimizers_state_stands_beside_its_version(make: Make, artifacts: Artifacts) -> None:
+    checkpoints = make()
+    await checkpoints.write(1, b"weights", b"velocity")
+    await checkpoints.write(2, b"weights")
+    assert await make().optimizer(1) == b"velocity"
+    assert await make().optimizer(2) is None
+    assert await make().optimizer(3) is None
+    assert await artifacts.list("runs/") == [
+        "runs/run/versions/000001.optimizer.safetensors",
+        "runs/run/versions/000001.safetensors",
+        "runs/run/versions/000002.safetensors",
+    ]
+
+
+async def test_a_version_written_again_has_no_state_of_the_first_attempt(make: Make) -> None:
+    """As when a process is killed before it publishes, and the next one has another strategy."""
+    await make().write(1, b"weights", b"velocity")
+    await make().write(1, b"weights")
+    assert await make().optimizer(1) is None
+
+
+# What is kept
 
 
 @pytest.mark.parametrize(
@@ -77,18 +194,53 @@ def test_what_a_killed_process_left_aside_does_no_harm(tmp_path: Path) -> None:
         (9, {4}, [0, 1, 2, 3, 4]),
     ],
 )
-def test_pruning_keeps_the_newest_and_what_is_wanted(tmp_path: Path, keep: int | None, wanted: set[int], left: list[int]) -> None:
-    checkpoints = Checkpoints(tmp_path, keep)
+async def test_pruning_keeps_the_newest_and_what_is_wanted(
+    make: Make, artifacts: Artifacts, folder: Path, keep: int | None, wanted: set[int], left: list[int]
+) -> None:
+    checkpoints = make(keep)
     for number in range(5):
-        checkpoints.write(number, _content(number))
+        await checkpoints.write(number, b"weights", b"state" if number % 2 else None)
     checkpoints.point(LATEST, 4)
-    checkpoints.prune(wanted)
-    assert _kept(tmp_path) == [*(f"{number:06d}.safetensors" for number in left), "latest.safetensors"]
+    await checkpoints.prune(wanted, 4)
+    weights = [f"{number:06d}.safetensors" for number in left]
+    states = [f"{number:06d}.optimizer.safetensors" for number in left if number % 2]
+    assert await artifacts.list("runs/run/versions/") == sorted(f"runs/run/versions/{name}" for name in weights + states)
+    here = weights + states if artifacts.local("") is not None else weights
+    assert _kept(folder) == sorted([*here, "latest.safetensors"])
 
 
-def test_pruning_goes_on_beyond_six_digits(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=1)
+async def test_pruning_takes_what_a_crash_left_beyond_the_latest(make: Make, artifacts: Artifacts) -> None:
+    checkpoints = make(2)
+    for number in (1, 2, 3):
+        await checkpoints.write(number, b"x", b"y")
+    await checkpoints.prune({2}, 2)
+    kept = await artifacts.list("runs/run/versions/")
+    assert {key.removeprefix("runs/run/versions/")[:6] for key in kept} == {"000001", "000002"}
+
+
+async def test_copies_of_versions_that_are_gone_from_the_store_go_too(make: Make, artifacts: Artifacts, folder: Path) -> None:
+    """As when the process is killed between the two, or the store has a rule of its own for old objects."""
+    checkpoints = make(1)
+    for number in (0, 1):
+        await checkpoints.write(number, b"x")
+    await artifacts.delete("runs/run/versions/000000.safetensors")
+    await checkpoints.prune({1}, 1)
+    assert _kept(folder) == ["000001.safetensors"]
+
+
+async def test_pruning_goes_on_beyond_six_digits(make: Make, folder: Path) -> None:
+    checkpoints = make(1)
     for number in (999_999, 1_000_000):
-        checkpoints.write(number, b"x")
-    checkpoints.prune({1_000_000})
-    assert _kept(tmp_path) == ["1000000.safetensors"]
+        await checkpoints.write(number, b"x")
+    await checkpoints.prune({1_000_000}, 1_000_000)
+    assert _kept(folder) == ["1000000.safetensors"]
+
+
+async def test_what_is_not_ours_stays(make: Make, artifacts: Artifacts, folder: Path) -> None:
+    checkpoints = make(1)
+    await checkpoints.write(1, b"x")
+    await artifacts.put("runs/run/versions/notes.txt", b"not ours")
+    (folder / "mine.txt").write_bytes(b"nor this")
+    await checkpoints.prune({2}, 2)
+    assert await artifacts.get("runs/run/versions/notes.txt") == b"not ours"
+    assert (folder / "mine.txt").exists()
