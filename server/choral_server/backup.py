@@ -515,7 +515,7 @@ class Backup:
         self._members = {member.name: member for member in self._tar if member.isreg()}
         with self._member(_CONTENTS) as content:
             contents = json.load(content)["files"]
-        versions = {name: found["size"] for name, found in contents.items() if not name.startswith("tables/")}
+        versions = {name: found["size"] for name, found in contents.items() if name.startswith("runs/")}
         self._total = 2 * sum(versions.values())  # once here, once when they are written
         for name, found in contents.items():
             self._verify_member(name, found, counts=name in versions)

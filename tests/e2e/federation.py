@@ -133,6 +133,12 @@ class Process:
         self._wait_until(lambda: len(self.events(event, **fields)) >= count, f"log {event!r} {fields or ''} {count} times")
         return self.events(event, **fields)[count - 1]
 
+    def progress(self, lines: int) -> None:
+        """Wait until it has logged so many more lines, or has ended."""
+        with self._news:
+            enough = len(self.err) + lines
+            self._news.wait_for(lambda: len(self.err) >= enough or self._reading == 0, PATIENCE_S)
+
     def said(self, text: str) -> str:
         """Wait until a line of standard output or error holds `text`; returns it."""
         self._wait_until(lambda: any(text in line for line in (*self.out, *self.err)), f"say {text!r}")

@@ -450,7 +450,7 @@ def standardised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federatio
     task = "from dataclasses import replace\nfrom choral import Standardize\nfrom torch import nn\nimport small\n\n"
     task += "task = replace(small.task, model=lambda: nn.Sequential(Standardize(2), nn.Linear(2, 1)))\n"
     with Federation(tmp_path_factory.mktemp("f")) as federation:
-        run = {"rounds": 1, "cohort_size": 1, "retry_s": 0, "max_abandoned": 1000}
+        run = {"rounds": 1, "cohort_size": 1, "retry_s": 0, "max_abandoned": 1000, "quarantine_after": None}
         federation.coordinator(task=federation.write_task(task, "standardised"), run=run)
         yield federation
 
