@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint protos bench wheel clean
+.PHONY: demo test chaos lint protos bench wheel clean
 
 demo: $(READY)
 	$(BIN)/choral demo --out out
 
 test: $(READY)
 	$(BIN)/pytest tests
+
+# More seeds than `make test`: make chaos SEEDS=1000-1099
+SEEDS ?= 100-199
+chaos: $(READY)
+	CHORAL_CHAOS_SEEDS=$(SEEDS) $(BIN)/pytest tests/e2e/test_chaos.py
 
 # Reinstalls only when what is to be installed has changed.
 $(READY): pyproject.toml deploy/constraints.txt

@@ -33,7 +33,7 @@ from choral.messages import (
     Welcome,
 )
 
-from choral_client.backoff import Patience, full_jitter
+from choral_client.backoff import CAP_S, Patience, full_jitter
 from choral_client.delivery import Deliveries
 from choral_client.diary import Diary
 from choral_client.model_file import ModelFile
@@ -78,6 +78,7 @@ class Agent:
         *,
         follow: bool = True,
         first_contact_s: float = 60.0,
+        longest_pause_s: float = CAP_S,
         rng: random.Random | None = None,
     ) -> None:
         self._transport = transport
@@ -88,7 +89,8 @@ class Agent:
         self._first_contact_s = first_contact_s
         self._rng = rng or random.Random()  # noqa: S311 - spreads clients in time; nothing secret
         self._thread = WorkThread()
-        self._patience = Patience(self._rng)
+        self._patience = Patience(self._rng, longest_pause_s)
+        self._longest_pause_s = longest_pause_s
         self._models = ModelFile(transport, state, self._patience)
         self._outbox = Outbox(state / "outbox")
         self._deliveries = Deliveries(transport, self._outbox, self._patience, self._report)
@@ -121,7 +123,7 @@ class Agent:
                 if left_s < 0 or not (error.retryable or isinstance(error, NameTaken)):
                     raise
                 self._failures += 1
-                pause_s = min(full_jitter(self._failures, self._rng), left_s)
+                pause_s = min(full_jitter(self._failures, self._rng, self._longest_pause_s), left_s)
                 log.warning("no link to the coordinator", reason=str(error), again_in_s=round(pause_s, 2))
                 self._diary.write("reconnecting", reason=str(error))
             else:
@@ -129,7 +131,7 @@ class Agent:
                     log.info("the run is over", reason=farewell.reason)
                     self._diary.write("finished", reason=farewell.reason)
                     return farewell.reason
-                pause_s = farewell.after_s + full_jitter(1, self._rng)
+                pause_s = farewell.after_s + full_jitter(1, self._rng, self._longest_pause_s)
                 log.info("sent away", reason=farewell.reason, again_in_s=round(pause_s, 2))
                 self._diary.write("waiting to come back", reason=farewell.reason)
             await asyncio.sleep(pause_s)

@@ -55,7 +55,15 @@ async def attend(config: ClientConfig) -> None:
         software=__version__,
     )
     transport = GrpcTransport(str(config.server), ca)
-    agent = Agent(transport, hello, work, config.folder, follow=config.follow, first_contact_s=config.first_contact_s)
+    agent = Agent(
+        transport,
+        hello,
+        work,
+        config.folder,
+        follow=config.follow,
+        first_contact_s=config.first_contact_s,
+        longest_pause_s=config.longest_pause_s,
+    )
     life = asyncio.create_task(agent.live())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

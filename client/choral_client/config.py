@@ -24,7 +24,8 @@ class ClientConfig(Settings):
     data: FilePath
     """this client's shard; the only data file that is opened"""
     state: FilePath | None = None
-    """folder for the newest model and for what this client is doing; choral-NAME in the working directory, if not given"""
+    """folder for the newest model, results on their way and what this client is doing; choral-NAME in the working directory, if not
+    given"""
     ca: FilePath | None = None
     """PEM file of the authority that signed the coordinator's certificate (its ca.pem)"""
     plaintext: bool = False
@@ -37,6 +38,8 @@ class ClientConfig(Settings):
     """CPU threads for training; as many as torch likes, if not given"""
     first_contact_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     """seconds to keep trying until the coordinator has answered once; after that it is tried for ever"""
+    longest_pause_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 60.0
+    """longest pause between two attempts to reach the coordinator; pauses are random, and grow up to this"""
 
     @property
     def folder(self) -> Path:

@@ -29,6 +29,7 @@ def client(
     threads: Annotated[int | None, typer.Option(help="CPU threads for training.")] = None,
     plaintext: Annotated[bool | None, typer.Option("--plaintext", help="No TLS; loopback only.")] = None,
     first_contact_s: Annotated[float | None, typer.Option(help="Seconds to keep trying for a first answer [60].")] = None,
+    longest_pause_s: Annotated[float | None, typer.Option(help="Longest pause between two attempts, in seconds [60].")] = None,
     log_format: Annotated[Literal["console", "json"], typer.Option(help="How logs are written to standard error.")] = "console",
     log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="The least that is logged.")] = "info",
 ) -> None:
@@ -47,6 +48,7 @@ def client(
         "threads": threads,
         "plaintext": plaintext,
         "first_contact_s": first_contact_s,
+        "longest_pause_s": longest_pause_s,
     }
     settings = _config(config, {key: value for key, value in flags.items() if value is not None})  # before torch is imported
     from choral import logs

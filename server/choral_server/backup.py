@@ -682,10 +682,7 @@ class _Restoration:
                 )
         for key in keys:
             if key in self._backup.files:
-                content = await asyncio.to_thread(self._backup.content, key)
-                self._size_bytes += len(content)
-                if key not in there:
-                    await self._artifacts.put(key, content)
+                self._size_bytes += await self._put(key, key in there)
         needed = set(_needed(self._backup.runs))
         for version in self._backup.versions:
             if version.key in needed:  # the copy that is served, if the store is elsewhere; and to see that the store has it
@@ -701,6 +698,13 @@ class _Restoration:
             self._checkpoints[run["name"]].point(LATEST, run["latest"])
             if run["best"] is not None:
                 self._checkpoints[run["name"]].point(BEST, run["best"])
+
+    async def _put(self, key: str, is_there: bool) -> int:
+        """Write a file, unless it is there; its size. In a call of its own, so that one is gone before the next is read."""
+        content = await asyncio.to_thread(self._backup.content, key)
+        if not is_there:
+            await self._artifacts.put(key, content)
+        return len(content)
 
     async def _digest(self, key: str) -> str:
         path = self._artifacts.local(key)

@@ -33,6 +33,7 @@ T = TypeVar("T")
 Work = Callable[[AsyncConnection], Awaitable[T]]
 SUBJECT = "database"
 _BUSY_S = 5.0  # for as long SQLite itself waits for another process to finish writing
+_WAL_AGAIN_S = 0.02
 _SILENT_S = 10.0  # a server that says nothing for so long is gone
 _BACKOFF_S = (0.1, 2.0)  # first and longest wait between two attempts
 _BEGIN = "choral_begin"
@@ -206,9 +207,10 @@ def _sqlite(rest: str, name: str, busy_s: float) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "connect")
     def prepare(connection: Any, _: Any) -> None:
-        cursor = connection.cursor()
         try:
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.run_async(lambda driver: _use_wal(driver, busy_s))
+            cursor = connection.cursor()
+            for pragma in ("synchronous=FULL", "foreign_keys=ON"):
                 cursor.execute(f"PRAGMA {pragma}")
             cursor.close()
         except sqlite3.Error:
@@ -223,6 +225,21 @@ def _sqlite(rest: str, name: str, busy_s: float) -> AsyncEngine:
         there.run_async(lambda driver: driver.execute(statement))
 
     return engine
+
+
+async def _use_wal(driver: Any, busy_s: float) -> None:
+    """Keep a write-ahead log. Of two that begin with it at once SQLite refuses one, without waiting."""
+    clock = asyncio.get_running_loop().time
+    until = clock() + busy_s
+    while True:
+        try:
+            await driver.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if clock() >= until:
+                raise
+            await asyncio.sleep(_WAL_AGAIN_S)
+        else:
+            return
 
 
 def _postgresql(url: str, name: str) -> AsyncEngine:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 import signal
 from collections import Counter
 
@@ -56,7 +57,7 @@ _passed: Counter[str] = Counter()
 def check() -> None:
     """Raises ConfigError: the environment names a failpoint that does not exist."""
     wanted, _, count = os.environ.get(VARIABLE, "").partition("#")
-    if wanted and (wanted not in ALL or not (count or "1").isdigit()):
+    if wanted and (wanted not in ALL or not re.fullmatch(r"([1-9][0-9]*)?", count)):
         raise ConfigError(
             f"{VARIABLE}={os.environ[VARIABLE]!r}: is no failpoint; there are {', '.join(ALL)}, each with #N behind it"
         )

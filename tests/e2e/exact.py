@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import socket
+from contextlib import suppress
 from typing import Any
 
 from e2e.federation import Federation, Process
@@ -26,11 +28,15 @@ CLIENTS = ("alice", "bob")
 
 
 def free_port() -> int:
-    """A port that nobody has at present."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody has at present.
+
+    Not one of those from which connections are made: whoever tries to reach such a port while nobody listens may reach itself.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def configure(federation: Federation, rounds: int, **changes: Any) -> None:
@@ -60,7 +66,7 @@ def configure(federation: Federation, rounds: int, **changes: Any) -> None:
 
 def start_client(federation: Federation, name: str, address: str | None = None) -> Process:
     """One of the clients."""
-    flags = {"--holdout": 0.4, "--server": address or federation.address}
+    flags = {"--holdout": 0.4, "--longest-pause-s": 0.5, "--server": address or federation.address}
     return federation.client(name, federation.folder / name / "shard.csv", "exact:task", flags=flags)
 
 

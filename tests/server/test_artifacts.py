@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,21 +145,6 @@ async def test_what_is_half_written_and_what_is_a_name_does_not_count(tmp_path: 
     (versions / ".000002.safetensors.aside").write_bytes(b"half a ver")
     (versions / "latest.safetensors").symlink_to("000001.safetensors")
     assert await folder.list("runs/run/versions/") == [KEY]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    done = mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False)
-    if not done or done.returncode != 0:
-        if os.environ.get("CHORAL_REQUIRE_ALL") == "1":
-            pytest.fail("a small disk cannot be mounted: run as root where mounting is allowed")
-        pytest.skip("a small disk cannot be mounted: that takes root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.parametrize("size", [600_000, 200_000], ids=["large", "small"])  # written in a thread, and not

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from choral.errors import ConfigError
+from choral.errors import ArtifactsGone, ConfigError
 from choral.messages import VersionRef
-from choral_server.artifacts import Artifacts, open_artifacts
+from choral_server.artifacts import Artifacts, FolderArtifacts, open_artifacts
 from choral_server.checkpoints import BEST, LATEST, Checkpoints
 from safetensors.torch import load_file, save
+from server.object_store import ObjectStore
 
 Make = Callable[..., Checkpoints]
 
@@ -108,10 +109,8 @@ async def test_what_a_killed_process_left_aside_goes(make: Make, folder: Path) -
     folder.mkdir(parents=True)
     (folder / ".000001.safetensors.aside").write_bytes(b"half a ver")
     (folder / ".latest.aside").symlink_to("000000.safetensors")
-    checkpoints = make()
-    await checkpoints.write(1, _content(1.0))
-    checkpoints.point(LATEST, 1)
-    assert _kept(folder) == ["000001.safetensors", "latest.safetensors"]
+    make()
+    assert _kept(folder) == []
 
 
 # What comes back
@@ -191,7 +190,7 @@ async def test_a_version_written_again_has_no_state_of_the_first_attempt(make: M
         (2, {4}, [3, 4]),
         (2, {1, 4}, [1, 3, 4]),  # the best is kept, however old
         (1, {0, 4}, [0, 4]),
-        (9, {4}, [0, 1, 2, 3, 4]),
+        (10**12, {4}, [0, 1, 2, 3, 4]),
     ],
 )
 async def test_pruning_keeps_the_newest_and_what_is_wanted(
@@ -244,3 +243,67 @@ async def test_what_is_not_ours_stays(make: Make, artifacts: Artifacts, folder: 
     await checkpoints.prune({2}, 2)
     assert await artifacts.get("runs/run/versions/notes.txt") == b"not ours"
     assert (folder / "mine.txt").exists()
+
+
+# What breaks
+
+
+class Breaking(FolderArtifacts):
+    """A store that is gone after one change."""
+
+    changes = 0
+
+    async def put(self, key: str, content: bytes) -> None:
+        self._change()
+        await super().put(key, content)
+
+    async def delete(self, key: str) -> None:
+        self._change()
+        await super().delete(key)
+
+    def _change(self) -> None:
+        if self.changes:
+            raise ArtifactsGone("gone")
+        self.changes += 1
+
+
+async def test_a_version_that_is_half_written_is_not_there(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ArtifactsGone):
+        await Checkpoints(Breaking(tmp_path), tmp_path, "run").write(1, b"weights", b"state")
+    assert _kept(folder) == ["000001.optimizer.safetensors"]
+
+
+async def test_a_version_that_is_half_deleted_is_not_there(tmp_path: Path, folder: Path) -> None:
+    whole = Checkpoints(FolderArtifacts(tmp_path), tmp_path, "run", keep=1)
+    for number in (0, 1):
+        await whole.write(number, b"weights", b"state")
+    with pytest.raises(ArtifactsGone):
+        await Checkpoints(Breaking(tmp_path), tmp_path, "run", keep=1).prune({1}, 1)
+    assert _kept(folder) == ["000000.optimizer.safetensors", "000001.optimizer.safetensors", "000001.safetensors"]
+    await whole.prune({1}, 1)
+    assert _kept(folder) == ["000001.optimizer.safetensors", "000001.safetensors"]
+
+
+async def test_a_store_that_is_gone_says_so_and_what_is_here_is_here(
+    object_store: ObjectStore, bucket_url: str, tmp_path: Path
+) -> None:
+    checkpoints = Checkpoints(await open_artifacts(bucket_url, tmp_path), tmp_path, "run", keep=1)
+    reference = await checkpoints.write(1, b"weights", b"state")
+    object_store.stop()
+    try:
+        for work in (checkpoints.write(2, b"x"), checkpoints.fetch(2), checkpoints.optimizer(1), checkpoints.prune({1}, 1)):
+            with pytest.raises(ArtifactsGone):
+                await work
+        assert (await checkpoints.fetch(1, reference)).read_bytes() == b"weights"
+    finally:
+        object_store.start()
+
+
+async def test_a_local_disk_that_takes_no_copy_is_like_a_store_that_is_gone(bucket_url: str, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    checkpoints = Checkpoints(await open_artifacts(bucket_url, tmp_path), tmp_path, "run")
+    with pytest.raises(ArtifactsGone, match=r"000001.safetensors cannot be written \(.*\)"):
+        await checkpoints.write(1, b"weights")
+    (tmp_path / "runs").unlink()
+    await checkpoints.write(1, b"weights")
+    assert checkpoints.path(1).read_bytes() == b"weights"

@@ -13,6 +13,7 @@ from choral.plan import Training
 from choral_server.config import ServerConfig, TrainingChanges, load
 from choral_server.objective import Objective
 from choral_server.schedule import Schedule
+from choral_server.strategies import ServerOptimizer
 
 LEAST: dict[str, Any] = {
     "listen": "127.0.0.1:0",
@@ -51,7 +52,9 @@ def test_defaults() -> None:
     run = config.run
     assert (run.name, run.seed, run.needed, run.over_selection, run.deadline_s) == ("run", 0, 2, 0.0, 600.0)
     assert (run.weight_cap, run.max_abandoned, run.retry_s, run.keep_versions, run.start_with) == (2**20, 10, 1.0, None, None)
-    assert (run.schedule, run.objective) == (Schedule(), Objective())
+    assert (run.schedule, run.objective, run.strategy) == (Schedule(), Objective(), ServerOptimizer())
+    assert (run.extension_s, run.stall_s, run.absence_s, run.quarantine_after, run.max_update_norm) == (None, 30.0, 10.0, 3, None)
+    assert (config.database, config.lease_s, config.artifacts, config.spool_bytes) == (None, 30.0, None, 2**30)
     assert config.admin_socket == Path("state/admin.sock")
 
 
@@ -86,6 +89,30 @@ def test_a_file_without_tls_or_test_set_loads(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(LEAST), encoding="utf-8")
     config = load(path)
     assert (config.tls, config.evaluation.test_set, config.state) == (None, None, tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("sqlite:///choral.db", "sqlite:///{home}/choral.db"),
+        ("sqlite:///data/choral.db", "sqlite:///{home}/data/choral.db"),
+        ("sqlite:////var/lib/choral.db", "sqlite:////var/lib/choral.db"),
+        ("sqlite://", "sqlite://"),
+        ("postgresql://choral@db.example.org/choral", "postgresql://choral@db.example.org/choral"),
+        (None, "sqlite:///{home}/state/choral.db"),
+    ],
+)
+def test_where_the_database_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, used: str) -> None:
+    home = tmp_path / "conf"
+    home.mkdir()
+    (home / "server.yaml").write_text(yaml.safe_dump(_changed({"database": given})), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load(Path("conf/server.yaml")).database_url == used.format(home=home)
+
+
+def test_the_default_database_is_named_by_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _config().database_url == f"sqlite:///{tmp_path}/state/choral.db"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +160,25 @@ def test_a_file_without_tls_or_test_set_loads(tmp_path: Path) -> None:
         ({"run.max_abandoned": 0}, "run.max_abandoned: 0 is not allowed"),
         ({"run.keep_versions": 0}, "run.keep_versions: 0 is not allowed"),
         ({"run.seed": 1.5}, "run.seed: 1.5 is not allowed: a valid integer"),
-        # the schedule, training and objective in it
+        ({"run.extension_s": -1}, "run.extension_s: -1 is not allowed: greater than or equal to 0"),
+        ({"run.extension_s": float("inf")}, "run.extension_s: inf is not allowed"),
+        ({"run.stall_s": 0}, "run.stall_s: 0 is not allowed: greater than 0"),
+        ({"run.stall_s": None}, "run.stall_s: nothing is not allowed: a valid number"),
+        ({"run.absence_s": -0.5}, "run.absence_s: -0.5 is not allowed: greater than or equal to 0"),
+        ({"run.absence_s": 10**9}, "run.absence_s: 1000000000 is not allowed: less than or equal to 31536000"),
+        ({"run.quarantine_after": 0}, "run.quarantine_after: 0 is not allowed: greater than or equal to 1"),
+        ({"run.quarantine_after": "never"}, "run.quarantine_after: 'never' is not allowed: a valid integer"),
+        ({"run.quarantine": 3}, "run.quarantine: unknown key; did you mean quarantine_after?"),
+        ({"run.max_update_norm": 0}, "run.max_update_norm: 0 is not allowed: greater than 0"),
+        ({"run.max_update_norm": float("inf")}, "run.max_update_norm: inf is not allowed"),
+        # the schedule, strategy, training and objective in it
+        ({"run.strategy": {"momentum": 0.9}}, "momentum 0.9 has no meaning for fedavg: say name: fedavgm, or remove momentum"),
+        ({"run.strategy": {"name": "fedavg", "momentum": 0.0}}, "momentum 0 has no meaning for fedavg"),
+        ({"run.strategy": {"name": "fedavgm", "momentum": 1}}, "run.strategy.momentum: 1 is not allowed: less than 1"),
+        ({"run.strategy": {"name": "adam"}}, "run.strategy.name: 'adam' is not allowed: 'fedavg' or 'fedavgm'"),
+        ({"run.strategy": {"learning_rate": 0}}, "run.strategy.learning_rate: 0 is not allowed: greater than 0"),
+        ({"run.strategy": {"beta": 0.9}}, "run.strategy.beta: unknown key; Allowed here: name, learning_rate, momentum"),
+        ({"run.strategy": "fedavgm"}, "run.strategy: 'fedavgm' is not allowed"),
         ({"run.schedule": {"interval_s": 5, "cron": "0 3 * * *"}}, "give interval_s or cron, not both"),
         ({"run.schedule": {"interval": 5}}, "run.schedule.interval: unknown key; did you mean interval_s?"),
         ({"run.schedule": {"time_zone": "UTC"}}, "time_zone belongs to cron: give cron too, or remove time_zone"),
@@ -151,6 +196,13 @@ def test_a_file_without_tls_or_test_set_loads(tmp_path: Path) -> None:
         ({"heartbeat_s": 0.05}, "heartbeat_s: 0.05 is not allowed: greater than or equal to 0.1"),
         ({"drain_s": -1}, "drain_s: -1 is not allowed"),
         ({"exit_when_done": "yes"}, "exit_when_done: 'yes' is not allowed: a valid boolean"),
+        ({"lease_s": 0.5}, "lease_s: 0.5 is not allowed: greater than or equal to 1"),
+        ({"lease_s": 3601}, "lease_s: 3601 is not allowed: less than or equal to 3600"),
+        ({"spool_bytes": -1}, "spool_bytes: -1 is not allowed: greater than or equal to 0"),
+        ({"spool_bytes": 1e9}, "spool_bytes: 1000000000.0 is not allowed: a valid integer"),
+        ({"database": 5432}, "database: 5432 is not allowed: a valid string (URL of the database"),
+        ({"artifacts": ["s3://bucket"]}, "artifacts: a list is not allowed: a valid string (URL of the object store"),
+        ({"artefacts": "s3://bucket"}, "artefacts: unknown key; did you mean artifacts?"),
         ({"evaluation.test": "test.csv"}, "evaluation.test: unknown key; did you mean test_set? Allowed here: test_set, clients"),
         ({"lisen": "127.0.0.1:1"}, "lisen: unknown key; did you mean listen?"),
     ],
@@ -178,6 +230,13 @@ def test_what_cannot_work_is_refused_with_the_cure(changes: dict[str, Any], told
         {"run.quorum": 1, "run.start_with": 9},
         {"run.schedule": {"cron": "0 3 * * *", "time_zone": "Europe/Berlin"}},
         {"run.schedule": {"interval_s": 0.5}},
+        {"run.strategy": {"name": "fedavgm"}},
+        {"run.strategy": {"name": "fedavgm", "momentum": 0.0, "learning_rate": 0.1}},
+        {"run.strategy": {"learning_rate": 0.5}},
+        {"run.quarantine_after": None},
+        {"run.quarantine_after": 1, "run.extension_s": 0, "run.absence_s": 0, "run.stall_s": 0.1},
+        {"run.max_update_norm": 1e-9},
+        {"lease_s": 1, "spool_bytes": 0, "database": "sqlite://", "artifacts": "s3://bucket/prefix"},
     ],
 )
 def test_what_can_work_is_not_refused(changes: dict[str, Any]) -> None:

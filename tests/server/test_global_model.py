@@ -59,6 +59,15 @@ def test_with_the_statistics_it_predicts_from_raw_features() -> None:
     assert model.weights.tolist() == [1.0, 10.0, 0.5]
 
 
+def test_whether_the_statistics_are_in_it() -> None:
+    model, plain = GlobalModel(_task(), 0), GlobalModel(_task(lambda: nn.Linear(2, 1)), 0)
+    assert not model.standardizes
+    for changed in (model, plain):
+        changed.set_statistics(MOMENTS)
+    assert model.standardizes
+    assert not plain.standardizes
+
+
 def test_statistics_of_a_model_that_wants_none_change_nothing() -> None:
     model = GlobalModel(_task(lambda: nn.Linear(2, 1)), 0)
     before = model.weights.tolist()

@@ -130,3 +130,33 @@ async def test_waiting_until_everyone_has_gone(sessions: Sessions) -> None:
         assert not waiting.done()
         sessions.leave(bob)
         await waiting
+
+
+async def test_waiting_until_everyone_has_attended_since_the_start(sessions: Sessions) -> None:
+    async with asyncio.timeout(30):
+        await sessions.seen([])
+        waiting = [asyncio.ensure_future(sessions.seen(names)) for names in (["alice"], {"alice", "bob"}, ["bob", "carol"])]
+
+        async def done() -> list[bool]:
+            await asyncio.wait(waiting, timeout=0)
+            return [task.done() for task in waiting]
+
+        assert await done() == [False, False, False]
+        alice = sessions.admit(HELLO, "a")
+        await waiting[0]
+        assert await done() == [True, False, False]
+        sessions.leave(alice)  # it has been there
+        sessions.admit(replace(HELLO, client="bob"), "b")
+        await waiting[1]
+        assert await done() == [True, True, False]
+        sessions.admit(replace(HELLO, client="carol"), "c")
+        await waiting[2]
+        await sessions.seen(["alice", "bob", "carol"])
+
+
+async def test_who_is_refused_has_not_attended(sessions: Sessions) -> None:
+    with pytest.raises(TaskMismatch):
+        sessions.admit(replace(HELLO, task="digits"), "a")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await sessions.seen(["alice"])

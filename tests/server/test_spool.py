@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from choral.errors import CorruptTransfer
+from choral.errors import CorruptTransfer, OutOfSpace
 from choral.messages import UploadHeader
 from choral.plan import Kind
 from choral_server.rounds import Part, PartState, Round
@@ -129,6 +129,23 @@ async def test_a_round_that_ends_meanwhile_is_no_trouble_with_the_disk(tmp_path:
 
     with pytest.raises(CorruptTransfer, match="the round ended while the result arrived"):
         await spool.store(header(), ending())
+    assert troubles.present == {}
+
+
+async def test_a_full_disk_is_a_trouble_until_a_result_fits_and_loses_nothing(small_disk: Path) -> None:
+    troubles, payload = Troubles(), bytes(range(256)) * 3000
+    spool = Spool(small_disk / "spool", troubles).of("run", 3)
+    (small_disk / "other").write_bytes(bytes(500_000))
+    told = f"{small_disk}/spool/run/3 cannot be written (No space left on device)"
+    with pytest.raises(OutOfSpace) as refused:
+        await spool.store(header(payload), pieces(payload[:300_000], payload[300_000:]))
+    assert str(refused.value) == f"the coordinator cannot store the result now: {told}; it is taken as soon as that is mended"
+    assert troubles.present == {"disk": told}
+    held = spool.held(header(payload))
+    assert 300_000 <= held < len(payload)
+    (small_disk / "other").unlink()
+    path = await spool.store(header(payload, offset=held), pieces(payload[held:]))
+    assert path.read_bytes() == payload
     assert troubles.present == {}
 
 
