@@ -1,9 +1,12 @@
 """How long a round takes when nothing is trained: real processes, TLS on loopback, the coordinator as users run it.
 
-    python benchmarks/rounds.py --clients 2 --params 1700 [--rounds 200] [--json]
+    python benchmarks/rounds.py --clients 2 --params 1700 [--rounds 200] [--database URL ...] [--json]
 
-Prints the median and 95th percentile of the rounds' duration (from opening to the published version), and beside them, measured in
+Prints the median and 95th percentile of the rounds' duration (from opening until the version is written), of the whole cycle (from one
+opening to the next: with all commits, and what clients do in between), and beside them, measured in
 the same run, what one bare unary gRPC call over TLS takes on this machine: their ratio is what can be compared between machines.
+With several databases (`--database sqlite --database sqlite:// --database postgresql://…`) it prints what durability costs: the same
+federation over each; `sqlite` is a file in the state folder, `sqlite://` keeps all in memory.
 """
 
 from __future__ import annotations
@@ -31,10 +34,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 TASK = "empty_task:task"
 HERE = Path(__file__).resolve().parent
+NAMES = {"sqlite": "SQLite, a file", "sqlite://": "SQLite, in memory"}
 WARM_UP = 10  # rounds that are not counted
 
 
-def prepare(folder: Path, options: argparse.Namespace) -> None:
+def prepare(folder: Path, options: argparse.Namespace, database: str) -> None:
     """Certificates, a configuration, and one shard for all."""
     make_authority(folder, ["localhost", "127.0.0.1"])
     pd.DataFrame({"x": [1.0, 2.0], "y": [0.0, 0.0]}).to_csv(folder / "shard.csv", index=False)
@@ -45,6 +49,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
         "task": TASK,
         "run": {"rounds": options.rounds + WARM_UP, "cohort_size": options.clients, "keep_versions": 2},
         "evaluation": {"clients": False},
+        "database": None if database == "sqlite" else database,
         "exit_when_done": True,
     }
     (folder / "choral.yaml").write_text(yaml.safe_dump(config))
@@ -75,13 +80,16 @@ async def measure(folder: Path, options: argparse.Namespace) -> dict[str, float 
         call_s = await bare_call(address, (folder / "ca.pem").read_bytes())
         clients = [await start_client(children, folder, address, number) for number in range(options.clients)]
         await asyncio.gather(*(child.succeed() for child in [server, *clients]))
-        seconds = np.array((await durations)[WARM_UP:])
+        opened, seconds = np.array((await durations)[WARM_UP:]).T
+        cycles = np.diff(opened)
     return {
         "clients": options.clients,
         "params": options.params,
         "rounds": len(seconds),
         "round_ms_p50": float(np.percentile(seconds, 50) * 1000),
         "round_ms_p95": float(np.percentile(seconds, 95) * 1000),
+        "cycle_ms_p50": float(np.percentile(cycles, 50) * 1000),
+        "cycle_ms_p95": float(np.percentile(cycles, 95) * 1000),
         "bare_call_ms_p50": call_s * 1000,
         "round_in_bare_calls": float(np.percentile(seconds, 50) / call_s),
     }
@@ -105,14 +113,14 @@ async def start_client(children: Children, folder: Path, address: str, number: i
     return await children.start(name, ["choral_deploy.cli", "client", *flags], folder / f"{name}.log")
 
 
-async def watch(socket: Path) -> list[float]:
-    """Durations of the training rounds, in seconds."""
+async def watch(socket: Path) -> list[tuple[float, float]]:
+    """When each training round opened, and its duration, in seconds."""
     durations = []
     training = KINDS[Kind.TRAINING]
     async with Operator(socket).stub() as admin:
         async for change in admin.Watch(pb.WatchRequest()):
             if change.WhichOneof("change") == "round" and change.round.kind == training and change.round.duration_s > 0:
-                durations.append(change.round.duration_s)
+                durations.append((change.round.opened_at.ToNanoseconds() / 1e9, change.round.duration_s))
     return durations
 
 
@@ -134,20 +142,29 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--params", type=int, default=1700)
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--database", action="append", help="once for each to be measured; a file in the state folder by default")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     os.environ["CHORAL_EMPTY_PARAMS"] = str(options.params)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryDirectory() as name:
-        prepare(Path(name), options)
-        found = asyncio.run(measure(Path(name), options))
-    if options.json:
+    for database in options.database or ["sqlite"]:
+        with tempfile.TemporaryDirectory() as name:
+            prepare(Path(name), options, database)
+            found = asyncio.run(measure(Path(name), options)) | {"database": NAMES.get(database, "PostgreSQL")}
+        tell(found, options.json)
+
+
+def tell(found: dict[str, float | int | str], as_json: bool) -> None:
+    """Print the figures."""
+    if as_json:
         print(json.dumps(found))
         return
     print(
-        f"{found['clients']} clients, {found['params']} parameters, {found['rounds']} rounds without training, TLS, real processes"
+        f"{found['clients']} clients, {found['params']} parameters, {found['rounds']} rounds without training, TLS, real processes, "
+        f"{found['database']}"
     )
     print(f"round      p50 {found['round_ms_p50']:8.2f} ms    p95 {found['round_ms_p95']:8.2f} ms")
+    print(f"cycle      p50 {found['cycle_ms_p50']:8.2f} ms    p95 {found['cycle_ms_p95']:8.2f} ms    from one opening to the next")
     print(f"bare call  p50 {found['bare_call_ms_p50']:8.2f} ms    a round is {found['round_in_bare_calls']:.1f} of these")
 
 

@@ -233,7 +233,7 @@ async def _use_wal(driver: Any, busy_s: float) -> None:
     until = clock() + busy_s
     while True:
         try:
-            await driver.execute("PRAGMA journal_mode=WAL")
+            await (await driver.execute("PRAGMA journal_mode=WAL")).close()
         except sqlite3.OperationalError:
             if clock() >= until:
                 raise

@@ -1,4 +1,4 @@
-"""A run in which everything is there that a restart could lose: statistics, server momentum, a test set, held-out examples, best version."""
+"""A run that has all that a restart could lose: statistics, server momentum, a test set, held-out examples, a best version."""
 
 from __future__ import annotations
 

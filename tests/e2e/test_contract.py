@@ -362,7 +362,8 @@ def test_two_uploads_of_a_result_at_the_same_time_count_once(pair: Pair) -> None
     try:
         receipt = call.result()
     except grpc.RpcError as superseded:  # if the slow one had begun before the other did
-        assert refusal(superseded)[1:] == ("CorruptTransfer", "another attempt to send this result took over")
+        told = refusal(superseded)[1:]
+        assert told == ("CorruptTransfer", "another attempt to send this result took over")  # noqa: PT017
         receipt = pair.alice.stub.ResumeUpload(pb.ResumeUploadRequest(header=header), timeout=PATIENCE_S).receipt
     assert receipt.verdict == pb.VERDICT_DUPLICATE
     pair.closes("accepted", 2)
