@@ -2,11 +2,11 @@
 
     python benchmarks/rounds.py --clients 2 --params 1700 [--rounds 200] [--database URL ...] [--json]
 
-Prints the median and 95th percentile of the rounds' duration (from opening until the version is written), of the whole cycle (from one
-opening to the next: with all commits, and what clients do in between), and beside them, measured in
-the same run, what one bare unary gRPC call over TLS takes on this machine: their ratio is what can be compared between machines.
-With several databases (`--database sqlite --database sqlite:// --database postgresql://…`) it prints what durability costs: the same
-federation over each; `sqlite` is a file in the state folder, `sqlite://` keeps all in memory.
+Prints the median and 95th percentile of the rounds' duration (from opening until the version is written), of the whole cycle (from
+one opening to the next: with all commits, and what clients do in between), and beside them, measured in the same run, what one bare
+unary gRPC call over TLS takes on this machine: their ratio is what can be compared between machines. With several databases
+(`--database sqlite --database sqlite:// --database postgresql://…`) it prints what durability costs: the same federation over each;
+`sqlite` is a file in the state folder, `sqlite://` keeps all in memory.
 """
 
 from __future__ import annotations
@@ -160,9 +160,9 @@ def tell(found: dict[str, float | int | str], as_json: bool) -> None:
         print(json.dumps(found))
         return
     print(
-        f"{found['clients']} clients, {found['params']} parameters, {found['rounds']} rounds without training, TLS, real processes, "
-        f"{found['database']}"
+        f"{found['clients']} clients, {found['params']} parameters, {found['rounds']} rounds without training, TLS, real processes"
     )
+    print(f"database   {found['database']}")
     print(f"round      p50 {found['round_ms_p50']:8.2f} ms    p95 {found['round_ms_p95']:8.2f} ms")
     print(f"cycle      p50 {found['cycle_ms_p50']:8.2f} ms    p95 {found['cycle_ms_p95']:8.2f} ms    from one opening to the next")
     print(f"bare call  p50 {found['bare_call_ms_p50']:8.2f} ms    a round is {found['round_in_bare_calls']:.1f} of these")

@@ -363,7 +363,7 @@ def test_two_uploads_of_a_result_at_the_same_time_count_once(pair: Pair) -> None
         receipt = call.result()
     except grpc.RpcError as superseded:  # if the slow one had begun before the other did
         told = refusal(superseded)[1:]
-        assert told == ("CorruptTransfer", "another attempt to send this result took over")  # noqa: PT017
+        assert told == ("CorruptTransfer", "another attempt to send this result took over")
         receipt = pair.alice.stub.ResumeUpload(pb.ResumeUploadRequest(header=header), timeout=PATIENCE_S).receipt
     assert receipt.verdict == pb.VERDICT_DUPLICATE
     pair.closes("accepted", 2)
