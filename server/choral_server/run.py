@@ -261,8 +261,8 @@ class Run:
             self.checkpoints.point(BEST, self.record.progress.best)
 
     async def _load(self, number: int) -> None:
-        self.model.load(await self.checkpoints.fetch(number))
-        state = await self.checkpoints.optimizer(number)
+        path, state = await self.checkpoints.fetch(number), await self.checkpoints.optimizer(number)
+        self.model.load(path)  # only now, with both at hand: the model and the state belong together
         self._state = load(state) if state is not None else {}
 
     def _content(self, number: int) -> bytes:
