@@ -43,6 +43,7 @@ from choral_server.troubles import Troubles
 
 log = structlog.get_logger()
 FEDERATION = federation_pb2.DESCRIPTOR.services_by_name["Federation"].full_name
+_LINGER_S = 0.3  # a reader that still acknowledges what it reads would lose the rest of it to a closed socket
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # or a second coordinator would share the port in silence
@@ -86,7 +87,8 @@ async def serve(config: ServerConfig, ready: Callable[[HostPort], None] = lambda
             await _until_over(config, coordinator, lease)
         finally:
             await coordinator.dismiss(config.drain_s)
-            store.end_watches()
+            if store.end_watches():
+                await asyncio.sleep(_LINGER_S)
             await asyncio.gather(server.stop(1.0), operators.stop(1.0))
             config.admin_socket.unlink(missing_ok=True)
     log.info("coordinator ends", run=coordinator.run.record.name, state=coordinator.run.record.state.value)

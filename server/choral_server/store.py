@@ -279,10 +279,11 @@ class Store:
         finally:
             self._watchers.discard(watcher)
 
-    def end_watches(self) -> None:
-        """End every watch after what it has not read yet."""
+    def end_watches(self) -> bool:
+        """End every watch after what it has not read yet; whether there are any."""
         for watcher in self._watchers:
             watcher.end()
+        return bool(self._watchers)
 
 
 class _Watcher:
