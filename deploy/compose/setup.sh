@@ -1,8 +1,7 @@
 #!/bin/sh
 # Fills the volumes before the coordinator and the clients start. What an earlier start left there is kept, so that `up` can be repeated.
 set -eu
-home=/etc/choral       # the coordinator's: configuration, keys, test set
-state=/var/lib/choral  # the coordinator's: runs
+home=/etc/choral # the coordinator's: configuration, keys, test set
 # /trust: what clients know about the coordinator. /shards/NAME: the volume of client NAME.
 
 if [ ! -e "$home/ca.pem" ]; then
@@ -19,11 +18,5 @@ choral shards boston_housing --out /tmp/shards "$@"
 for client in *; do cp "/tmp/shards/$client/shard.csv" "$client"; done
 cp /tmp/shards/test.csv "$home"
 
-# A run that was interrupted goes on; after one that is over, another begins.
-run=boston number=1
-while grep -Eqs '"state": "(finished|stopped)"' "$state/runs/$run/run.json"; do
-    number=$((number + 1))
-    run=boston-$number
-done
-sed "s/^  name: boston\$/  name: $run/" /compose/choral.yaml > "$home/choral.yaml"
+cp /compose/choral.yaml "$home"
 chown -R choral: "$home"

@@ -81,10 +81,12 @@ async def serve(config: ServerConfig, ready: Callable[[HostPort], None] = lambda
         federation = FederationService(coordinator, sessions, transfers, config.heartbeat_s)
         server, address = await _listen(config, federation)
         operators = await _listen_to_operators(config.admin_socket, AdminService(coordinator, store))
+        conducting = asyncio.create_task(_conduct(coordinator, config))
+        _drain_on_signals(coordinator, conducting, config.drain_s)
         log.info("coordinator ready", address=str(address), run=run.record.name, task=task.name, tls=config.tls is not None)
         ready(address)
         try:
-            await _until_over(config, coordinator, lease)
+            await _until_over(coordinator, conducting, lease)
         finally:
             await coordinator.dismiss(config.drain_s)
             if store.end_watches():
@@ -95,20 +97,9 @@ async def serve(config: ServerConfig, ready: Callable[[HostPort], None] = lambda
     return 1 if coordinator.run.record.state is RunState.FAILED else 0
 
 
-async def _until_over(config: ServerConfig, coordinator: Coordinator, lease: Lease) -> None:
-    """Conduct runs until it is enough, or the lease is lost; told to end, leave a round that takes too long to the next start."""
-    conducting = asyncio.create_task(_conduct(coordinator, config))
+async def _until_over(coordinator: Coordinator, conducting: asyncio.Task[None], lease: Lease) -> None:
+    """Conduct runs until it is enough, or the lease is lost."""
     holding = asyncio.create_task(lease.renew_forever())
-    loop = asyncio.get_running_loop()
-
-    def drain() -> None:
-        patience_s = 0.0 if coordinator.draining else config.drain_s  # asked a second time, at once
-        log.info("draining", seconds=patience_s)
-        coordinator.drain()
-        loop.call_later(patience_s, conducting.cancel)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, drain)
     try:
         await asyncio.wait({conducting, holding}, return_when=asyncio.FIRST_COMPLETED)
         if holding.done():
@@ -122,6 +113,20 @@ async def _until_over(config: ServerConfig, coordinator: Coordinator, lease: Lea
             task.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await task
+
+
+def _drain_on_signals(coordinator: Coordinator, conducting: asyncio.Task[None], drain_s: float) -> None:
+    """Told to end, let the round under way end; leave one that takes longer than `drain_s` to the next start."""
+    loop = asyncio.get_running_loop()
+
+    def drain() -> None:
+        patience_s = 0.0 if coordinator.draining else drain_s  # asked a second time, at once
+        log.info("draining", seconds=patience_s)
+        coordinator.drain()
+        loop.call_later(patience_s, conducting.cancel)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, drain)
 
 
 async def _conduct(coordinator: Coordinator, config: ServerConfig) -> None:

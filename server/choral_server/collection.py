@@ -10,7 +10,7 @@ from datetime import datetime
 
 import structlog
 from choral.errors import UpdateRefused
-from choral.messages import Assignment, Cancel, Phase, Receipt, Status, UploadHeader, Verdict
+from choral.messages import Assignment, Cancel, Receipt, Status, UploadHeader, Verdict
 from choral.plan import Kind, Plan, seed_for
 
 from choral_server import cohort, failpoints
@@ -123,9 +123,7 @@ class Collection:
 
     async def collect(self) -> Round:
         """Ask the cohort, and take what comes until the round closes."""
-        for part in self.round.parts.values():
-            if part.state is PartState.ANNOUNCED:
-                self._announce(part)
+        self._meet()
         self._later(self.run.settings.deadline_s, self._deadline)
         try:
             while self.round.state is RoundState.OPEN or not self._inbox.empty():  # what came with the last result is answered too
@@ -136,10 +134,23 @@ class Collection:
                 await self._move(after)
                 for action in actions:
                     await self._act(action)
+                self.recruit()
         finally:
             for timer in self._timers:
                 timer.cancel()
         return self.round
+
+    def _meet(self) -> None:
+        """Tell those who are here of their parts; some may have come or gone while the round was stored or taken up."""
+        here = frozenset(self._house.sessions.present())
+        for part in self.round.parts.values():
+            match part.state, part.client in here:
+                case PartState.ANNOUNCED, True:
+                    self._announce(part)
+                case PartState.ANNOUNCED, False:
+                    self.left(part.client)
+                case PartState.ABSENT, True:
+                    self.returned(part.client)
 
     async def _waiting(self) -> AsyncIterator[Event]:
         yield await self._inbox.get()
@@ -253,9 +264,11 @@ class Collection:
             return
         awaited = [part for part in current.parts.values() if part.state is PartState.ABSENT and self._is_back_soon(part.client)]
         wanted = current.goal - current.count(PartState.ACCEPTED, *AT_WORK) - len(awaited)
+        if wanted <= 0:
+            return
         taken = {part.client for part in current.parts.values()}
         spare = [client for client in self._house.eligible() if client not in taken]
-        for client in cohort.choose(settings.seed, current.number, spare, max(0, wanted)):
+        for client in cohort.choose(settings.seed, current.number, spare, wanted):
             self._inbox.put_nowait(Recruited(Part(assignment_id(current.run, current.number, client), client)))
 
     def _is_back_soon(self, client: str) -> bool:
@@ -280,8 +293,6 @@ class Collection:
         part = self.round.parts.get(status.assignment)
         if part is not None and part.client == client:
             self._inbox.put_nowait(Reported(status.assignment, status.phase, status.reason))
-            if status.phase is Phase.DECLINED:
-                asyncio.get_running_loop().call_soon(self.recruit)
 
     def stop(self, reason: str) -> None:
         """End the round without a result."""
@@ -320,7 +331,6 @@ class Collection:
         """A result cannot count."""
         log.warning("upload refused", client=header.client, assignment=header.assignment, reason=reason)
         self._inbox.put_nowait(Rejected(header.assignment, reason))
-        asyncio.get_running_loop().call_soon(self.recruit)
 
     def _payload_bytes(self) -> int:
         return payload_bytes(self.round.kind, self.run.model.manifest.size, self.run.model.features)

@@ -186,9 +186,10 @@ def test_up_trains_to_the_end_and_each_client_sees_only_its_own_shard(project: P
     assert f"rounds={ROUNDS}/{ROUNDS}" in project("logs", "--no-color", "coordinator")
     assert "run=boston state=finished" in project.logs("coordinator")
 
-    project("up", "--detach")  # after a run that is over, another
-    project.wait_for("coordinator", "run=boston-2")
-    project.wait_for("coordinator", f"rounds=1/{ROUNDS}")
+    project("up", "--detach")  # a run that is over stays so
+    project.wait_for("coordinator", f"run over                 reason='{ROUNDS} rounds completed' run=boston state=finished")
+    assert [project.ended(service) for service in ("coordinator", *CLIENTS)] == [0, 0, 0]
+    assert project.logs("coordinator").count(f" rounds={ROUNDS}/{ROUNDS} ") == 2  # its last round, and its last measurement
 
 
 def test_the_run_survives_a_killed_client(project: Project) -> None:
