@@ -22,7 +22,7 @@ def backup(
     json: JsonOption = False,
 ) -> None:
     """Write all runs, versions, clients and events to one file, also while the coordinator works."""
-    from choral_server.backup import back_up
+    from choral_server.backups.taking import back_up
 
     _do(back_up, "backed up", file, config, json)
 
@@ -33,7 +33,7 @@ def restore(
     json: JsonOption = False,
 ) -> None:
     """Bring a backup back into an empty database, of whichever kind, while no coordinator works."""
-    from choral_server.backup import restore
+    from choral_server.backups.restoring import restore
 
     _do(restore, "restored", file, config, json)
 

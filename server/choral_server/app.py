@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import secrets
 import signal
@@ -32,11 +31,12 @@ from choral_server.config import ServerConfig, Tls
 from choral_server.coordinator import Coordinator
 from choral_server.database import Database
 from choral_server.lease import Lease
-from choral_server.records import RunState
+from choral_server.records import RunRecord, RunState
 from choral_server.run import Runs
 from choral_server.service import FederationService
 from choral_server.sessions import Sessions
 from choral_server.spool import Spool
+from choral_server.state_folder import locked
 from choral_server.store import Store
 from choral_server.transfers import Transfers
 from choral_server.troubles import Troubles
@@ -65,36 +65,45 @@ async def serve(config: ServerConfig, ready: Callable[[HostPort], None] = lambda
     task = load_task(config.task)
     test_set = task.examples(config.evaluation.test_set) if config.evaluation.test_set is not None else None
     _check_objective(config.run.objective.metric, task)
-    _lock(config.state)
     troubles = Troubles()
-    artifacts = await open_artifacts(config.artifacts, config.state)
-    async with _stored(config, troubles) as (store, lease):
-        runs = Runs(config, task, test_set, store, _checkpoints(config, artifacts), troubles)
-        run = await runs.open(datetime.now(UTC))
-        sessions = Sessions(task.name, task.version, run.model.manifest)
-        transfers = Transfers()
-        house = House(store, sessions, transfers, troubles, config.spool_bytes, lambda: datetime.now(UTC))
-        spool = Spool(config.state / "spool", troubles)
-        coordinator = Coordinator(
-            run, house, spool, config.state, config.heartbeat_s, lambda rounds, parent: runs.further(house.clock(), rounds, parent)
-        )
-        federation = FederationService(coordinator, sessions, transfers, config.heartbeat_s)
-        server, address = await _listen(config, federation)
-        operators = await _listen_to_operators(config.admin_socket, AdminService(coordinator, store))
-        conducting = asyncio.create_task(_conduct(coordinator, config))
-        _drain_on_signals(coordinator, conducting, config.drain_s)
-        log.info("coordinator ready", address=str(address), run=run.record.name, task=task.name, tls=config.tls is not None)
-        ready(address)
-        try:
-            await _until_over(coordinator, conducting, lease)
-        finally:
-            await coordinator.dismiss(config.drain_s)
-            if store.end_watches():
-                await asyncio.sleep(_LINGER_S)
-            await asyncio.gather(server.stop(1.0), operators.stop(1.0))
-            config.admin_socket.unlink(missing_ok=True)
-    log.info("coordinator ends", run=coordinator.run.record.name, state=coordinator.run.record.state.value)
-    return 1 if coordinator.run.record.state is RunState.FAILED else 0
+    with locked(config.state):
+        artifacts = await open_artifacts(config.artifacts, config.state)
+        async with _stored(config, troubles) as (store, lease):
+            runs = Runs(config, task, test_set, store, _checkpoints(config, artifacts), troubles)
+            last = await _work(config, runs, store, lease, troubles, ready)
+    log.info("coordinator ends", run=last.name, state=last.state.value)
+    return 1 if last.state is RunState.FAILED else 0
+
+
+async def _work(
+    config: ServerConfig, runs: Runs, store: Store, lease: Lease, troubles: Troubles, ready: Callable[[HostPort], None]
+) -> RunRecord:
+    """Serve clients and operators, and conduct runs until it is enough; the last of them."""
+    run = await runs.open(datetime.now(UTC))
+    task = run.model.task
+    sessions = Sessions(task.name, task.version, run.model.manifest)
+    transfers = Transfers()
+    house = House(store, sessions, transfers, troubles, config.spool_bytes, lambda: datetime.now(UTC))
+    spool = Spool(config.state / "spool", troubles)
+    coordinator = Coordinator(
+        run, house, spool, config.state, config.heartbeat_s, lambda rounds, parent: runs.further(house.clock(), rounds, parent)
+    )
+    federation = FederationService(coordinator, sessions, transfers, config.heartbeat_s)
+    server, address = await _listen(config, federation)
+    operators = await _listen_to_operators(config.admin_socket, AdminService(coordinator, store))
+    conducting = asyncio.create_task(_conduct(coordinator, config))
+    _drain_on_signals(coordinator, conducting, config.drain_s)
+    log.info("coordinator ready", address=str(address), run=run.record.name, task=task.name, tls=config.tls is not None)
+    ready(address)
+    try:
+        await _until_over(coordinator, conducting, lease)
+    finally:
+        await coordinator.dismiss(config.drain_s)
+        if store.end_watches():
+            await asyncio.sleep(_LINGER_S)
+        await asyncio.gather(server.stop(1.0), operators.stop(1.0))
+        config.admin_socket.unlink(missing_ok=True)
+    return coordinator.run.record
 
 
 async def _until_over(coordinator: Coordinator, conducting: asyncio.Task[None], lease: Lease) -> None:
@@ -172,18 +181,6 @@ def _check_objective(metric: str, task: Task) -> None:
     known = (LOSS, *task.metrics)
     if metric not in known:
         raise ConfigError(f"run.objective.metric: {metric!r} is not measured by task {task.name}; it has {', '.join(known)}")
-
-
-def _lock(folder: Path) -> None:
-    """Take the state folder, which no other coordinator may use: the lock lasts as long as this process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"state: {folder} is in use by another coordinator: stop it, or give another folder") from error
-    except OSError as error:
-        raise ConfigError(f"state: {folder} cannot be used ({error.strerror}): give a folder that this user may write") from error
 
 
 async def _listen(config: ServerConfig, federation: FederationService) -> tuple[grpc.aio.Server, HostPort]:

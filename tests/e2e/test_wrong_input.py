@@ -41,7 +41,7 @@ def test_a_port_that_is_taken(federation: Federation) -> None:
 
 
 def test_a_state_folder_that_another_coordinator_uses(idle: Federation) -> None:
-    ends_with(idle.start_coordinator(), 2, f"state: {idle.folder / 'state'} is in use by another coordinator: stop it")
+    ends_with(idle.start_coordinator(), 2, f"state: {idle.folder / 'state'} is in use by a coordinator: stop it")
     with idle.admin():  # the other one is none the worse for it
         assert idle.command("server", "health", "-c", idle.config).code() == 0
 

@@ -23,9 +23,11 @@ from choral.config import parse
 from choral.errors import ArtifactsGone, ConfigError, OutOfSpace
 from choral.metrics import Metric
 from choral.plan import Kind
-from choral_server import backup
 from choral_server.artifacts import Artifacts, FolderArtifacts, open_artifacts
-from choral_server.backup import Summary, back_up, restore
+from choral_server.backups import reading, restoring, taking
+from choral_server.backups.contents import Summary
+from choral_server.backups.restoring import restore
+from choral_server.backups.taking import back_up
 from choral_server.checkpoints import Checkpoints
 from choral_server.config import ServerConfig
 from choral_server.database import Database
@@ -267,7 +269,8 @@ async def test_more_rows_than_are_read_at_a_time(
     here: ServerConfig, there: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await fill(here)
-    monkeypatch.setattr(backup, "_ROWS_AT_A_TIME", 2)
+    for module in (taking, reading):
+        monkeypatch.setattr(module, "ROWS_AT_A_TIME", 2)
     await back_up(here, tmp_path / "backup.tar", NOON)
     await restore(there, tmp_path / "backup.tar", LATER)
     assert (await rows(there))["events"][:5] == (await rows(here))["events"]
@@ -322,7 +325,7 @@ async def test_only_the_owner_can_read_the_file_and_it_has_no_password(postgres:
 async def test_what_is_backed_up_is_of_one_moment(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds done, events and versions grow together while backups are taken."""
     config = configured(tmp_path / "state", database_url)
-    monkeypatch.setattr(backup, "_ROWS_AT_A_TIME", 3)
+    monkeypatch.setattr(taking, "ROWS_AT_A_TIME", 3)
     taken: list[Path] = []
     async with opened(config) as (store, _):
         run = replace(FRESH, name="run")
@@ -414,7 +417,7 @@ async def test_a_coordinator_that_prunes_faster_than_is_copied(
         async def theirs(url: str | None, folder: Path) -> Artifacts:
             return hurried
 
-        monkeypatch.setattr(backup, "open_artifacts", theirs)
+        monkeypatch.setattr(taking, "open_artifacts", theirs)
         file = tmp_path / "backup.tar"
         if times == 1:
             await back_up(here, file, NOON)
@@ -475,7 +478,7 @@ async def test_nothing_to_back_up(database_url: str, tmp_path: Path) -> None:
 
 async def test_a_database_of_an_older_release(here: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await fill(here)
-    monkeypatch.setattr(backup, "_schemas", lambda: ["0099", "0001"])
+    monkeypatch.setattr(taking, "known_schemas", lambda: ["0099", "0001"])
     with pytest.raises(ConfigError, match=r"was made by an older release \(its schema is 0001, this one's 0099\)"):
         await back_up(here, tmp_path / "backup.tar", NOON)
     assert list(tmp_path.iterdir()) == [here.state]
@@ -550,7 +553,7 @@ async def test_a_file_that_is_not_right(
 
 
 async def test_a_file_of_an_older_release(taken: Path, there: ServerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backup, "_schemas", lambda: ["0099", "0001"])
+    monkeypatch.setattr(reading, "known_schemas", lambda: ["0099", "0001"])
     with pytest.raises(ConfigError, match=r"has 0099: restore it with that release, then let this one's coordinator"):
         await restore(there, taken, LATER)
     assert not there.state.exists()
@@ -685,7 +688,7 @@ async def test_interrupted_while_versions_are_written(
         return _Failing(folder, puts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(backup, "open_artifacts", failing)
+        patch.setattr(restoring, "open_artifacts", failing)
         with pytest.raises(ArtifactsGone):
             await restore(there, taken, LATER)
     assert len(await files(there)) == puts
@@ -704,7 +707,7 @@ async def test_interrupted_while_rows_are_written(
         raise RuntimeError("interrupted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(backup, "consequences", dies)
+        patch.setattr(restoring, "consequences", dies)
         with pytest.raises(RuntimeError, match="interrupted"):
             await restore(config, taken, LATER)
     assert not any((await rows(config)).values())

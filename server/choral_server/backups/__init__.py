@@ -1,0 +1,1 @@
+"""Backups: all records and versions in one file, and back from it."""
