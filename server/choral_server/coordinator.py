@@ -198,7 +198,7 @@ class Coordinator:
 
     async def _open(self, run: Run, kind: Kind) -> Collection:
         """Choose the cohort and store the round, before anyone hears of it."""
-        settings, record, now = run.settings, run.record, self._house.clock()
+        settings, record = run.settings, run.record
         number, present, goal, quorum = record.next_round, self._house.eligible(), settings.cohort_size, settings.needed
         if kind is Kind.TRAINING:
             size = cohort.selected(settings.cohort_size, settings.over_selection)
@@ -216,18 +216,9 @@ class Coordinator:
             goal=min(goal, len(parts)),
             quorum=quorum,
             parts={assignment: Part(assignment, client) for assignment, client in parts.items()},
-            opened_at=now,
+            opened_at=self._house.clock(),
         )
-        opened_at = now if kind is Kind.TRAINING else record.opened_at
-        await run.save(
-            at=Transition.ROUND_OPENED,
-            others=(opened,),
-            state=RunState.IN_ROUND,
-            reason="",
-            next_round=number + 1,
-            next_round_at=None,
-            opened_at=opened_at,
-        )
+        await run.open(opened)
         return self._collection(run, opened)
 
     def _collection(self, run: Run, round: Round) -> Collection:

@@ -83,7 +83,7 @@ class Run:
         self._store = store
         self._troubles = troubles
         self._evaluators = Evaluators.of(config, test_set)
-        self._evaluation_tried = False
+        self._put_to_clients: int | None = None  # the version that a round was opened for only to measure it
         self._changing = asyncio.Lock()
 
     async def begin(self, now: datetime, parent: Run | None = None) -> None:
@@ -140,7 +140,7 @@ class Run:
         early = objective.exhausted(self.settings.objective, self.record.progress)
         if self.record.rounds_done < self.record.rounds_planned and not early:
             return Kind.TRAINING
-        if self._evaluators.clients and not self._evaluation_tried and not self.current.clients:
+        if self._evaluators.clients and not self.current.clients and self._put_to_clients != self.version.number:
             return Kind.EVALUATION
         return None
 
@@ -168,9 +168,22 @@ class Run:
             self.model.set_statistics(merge_all(aggregate.parts()))
         return Made(self._content(self.record.latest + 1), state)
 
+    async def open(self, opened: Round) -> None:
+        """Store a round before anyone hears of it."""
+        if opened.kind is Kind.EVALUATION:
+            self._put_to_clients = opened.version  # once: what nobody measures stays unmeasured
+        await self.save(
+            at=Transition.ROUND_OPENED,
+            others=(opened,),
+            state=RunState.IN_ROUND,
+            reason="",
+            next_round=opened.number + 1,
+            next_round_at=None,
+            opened_at=opened.opened_at if opened.kind is Kind.TRAINING else self.record.opened_at,
+        )
+
     async def settle(self, closed: Round, aggregate: Aggregate, now: datetime) -> Round:
         """Use what a closed round collected: publish its version, if it makes one, and what clients measured; in one commit."""
-        self._evaluation_tried = closed.kind is Kind.EVALUATION
         accepted = [part for part in closed.parts.values() if part.state is PartState.ACCEPTED]
         progress, before = self._judged("clients", weighted_mean(metric for part in accepted for metric in part.held_out))
         done = published(closed)

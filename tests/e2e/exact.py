@@ -7,9 +7,11 @@ import json
 import random
 import socket
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from e2e.federation import Federation, Process
+from e2e.zygote import Zygote
 
 EXACT_TASK = """
 from dataclasses import replace
@@ -19,6 +21,32 @@ import small
 
 task = replace(small.task, name="exact", model=lambda: nn.Sequential(Standardize(2), nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
 """
+PACED_TASK = f"""
+import json, os, sys, time
+from pathlib import Path
+{EXACT_TASK}
+calls = 0
+
+
+def allowed():
+    gate = Path(os.environ.get("GATE", "gone"))
+    return int(gate.read_text() or 0) if gate.exists() else calls
+
+
+def loss(prediction, target):
+    global calls
+    calls += 1
+    if calls > allowed():
+        print(json.dumps({{"event": "at the gate"}}), file=sys.stderr, flush=True)
+        while calls > allowed():
+            time.sleep(0.01)
+    return small.task.loss(prediction, target)
+
+
+task = replace(task, loss=loss)
+"""
+"""The exact task; the file GATE of a client's environment says after how many batches it waits, until it is gone or says more."""
+BATCHES = 3  # that alice has in a round: two to train on, and one that she measures the version on
 ROWS = {
     "alice": [(1, 2, 3), (2, 1, 3.5), (0, 1, 1), (1, 0, 1.5), (3, 1, 4), (2, 2, 4.5)],
     "bob": [(5, 2, 8), (4, 1, 5), (0, 5, 4), (2, 7, 9)],
@@ -64,10 +92,25 @@ def configure(federation: Federation, rounds: int, **changes: Any) -> None:
     federation.configure(**content | changes)
 
 
-def start_client(federation: Federation, name: str, address: str | None = None) -> Process:
-    """One of the clients."""
+def pace(federation: Federation) -> None:
+    """Let clients wait at a gate."""
+    federation.write_task(PACED_TASK, "exact")
+
+
+def start_client(federation: Federation, name: str, address: str | None = None, gate: Path | None = None) -> Process:
+    """One of the clients; it passes the `gate`, if it has one and the federation is paced, as often as that file says."""
     flags = {"--holdout": 0.4, "--longest-pause-s": 0.5, "--server": address or federation.address}
-    return federation.client(name, federation.folder / name / "shard.csv", "exact:task", flags=flags)
+    environment = {"GATE": gate} if gate is not None else {}
+    return federation.client(name, federation.folder / name / "shard.csv", "exact:task", flags=flags, environment=environment)
+
+
+def undisturbed(folder: Path, zygote: Zygote, rounds: int) -> dict[str, Any]:
+    """What comes out when nothing happens."""
+    with Federation(folder, zygote=zygote) as federation:
+        configure(federation, rounds)
+        everyone = [federation.start_coordinator(), *(start_client(federation, name) for name in CLIENTS)]
+        assert [process.code() for process in everyone] == [0, 0, 0]
+        return outcome(federation)
 
 
 def outcome(federation: Federation) -> dict[str, Any]:

@@ -15,51 +15,13 @@ from e2e.zygote import Zygote
 from server.databases import Postgres
 
 ROUNDS = 30
-PACED_TASK = f"""
-import json, os, sys, time
-from pathlib import Path
-{exact.EXACT_TASK}
-calls = 0
-
-
-def allowed():
-    gate = Path(os.environ.get("GATE", "gone"))
-    return int(gate.read_text() or 0) if gate.exists() else calls
-
-
-def loss(prediction, target):
-    global calls
-    calls += 1
-    if calls > allowed():
-        print(json.dumps({{"event": "at the gate"}}), file=sys.stderr, flush=True)
-        while calls > allowed():
-            time.sleep(0.01)
-    return small.task.loss(prediction, target)
-
-
-task = replace(task, loss=loss)
-"""
-"""The exact task; the file GATE of a client's environment says after how many batches it waits, until it is gone or says more."""
-BATCHES = 3  # that alice has in a round: two to train on, and one that she measures the version on
 LAST_LINE = "not in it: keys, certificates and the configuration – copy the folder of {} – certificates and keys – yourself\n"
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str, Any]:
     """What comes out when nothing happens."""
-    with Federation(tmp_path_factory.mktemp("calm"), zygote=zygote) as federation:
-        exact.configure(federation, ROUNDS)
-        federation.write_task(PACED_TASK, "exact")
-        everyone = [federation.start_coordinator(), *(exact.start_client(federation, name) for name in exact.CLIENTS)]
-        assert [process.code() for process in everyone] == [0, 0, 0]
-        return exact.outcome(federation)
-
-
-def start_gated(federation: Federation, gate: Path) -> Process:
-    """Alice, who waits at the gate in the middle of the run."""
-    flags = {"--holdout": 0.4, "--server": federation.address}
-    shard = federation.folder / "alice" / "shard.csv"
-    return federation.client("alice", shard, "exact:task", flags=flags, environment={"GATE": gate})
+    return exact.undisturbed(tmp_path_factory.mktemp("calm"), zygote, ROUNDS)
 
 
 def move_to(federation: Federation, database: str | None) -> None:
@@ -75,10 +37,10 @@ def test_a_run_goes_on_from_a_backup(
 ) -> None:
     databases = {"sqlite": None, "postgresql": postgres.new_database()}
     exact.configure(quick, ROUNDS, database=databases[before])
-    quick.write_task(PACED_TASK, "exact")
-    gate, file, enough = quick.folder / "gate", quick.folder / "backup.tar", BATCHES * ROUNDS // 2
+    exact.pace(quick)
+    gate, file, enough = quick.folder / "gate", quick.folder / "backup.tar", exact.BATCHES * ROUNDS // 2
     gate.write_text(str(enough))
-    doomed, alice, bob = quick.start_coordinator(), start_gated(quick, gate), exact.start_client(quick, "bob")
+    doomed, alice, bob = quick.start_coordinator(), exact.start_client(quick, "alice", gate=gate), exact.start_client(quick, "bob")
     doomed.saw("round done", round=3)
     if when != "while rounds go by":
         alice.saw("at the gate")
@@ -89,7 +51,7 @@ def test_a_run_goes_on_from_a_backup(
     alice.saw("at the gate")  # the run was not over, and went on after the backup if it could
     if when == "within the round before":
         number = alice.events("working")[-1]["round"]
-        gate.write_text(str(enough + BATCHES))
+        gate.write_text(str(enough + exact.BATCHES))
         alice.saw("at the gate", 2)
         assert alice.events("working")[-1]["round"] == number + 1
     doomed.kill()

@@ -33,11 +33,7 @@ def seeds() -> list[int]:
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str, Any]:
     """What comes out when nothing breaks."""
-    with Federation(tmp_path_factory.mktemp("calm"), zygote=zygote) as federation:
-        exact.configure(federation, ROUNDS)
-        everyone = [federation.start_coordinator(), *(exact.start_client(federation, name) for name in exact.CLIENTS)]
-        assert [process.code() for process in everyone] == [0, 0, 0]
-        return exact.outcome(federation)
+    return exact.undisturbed(tmp_path_factory.mktemp("calm"), zygote, ROUNDS)
 
 
 class Chaos:

@@ -24,11 +24,7 @@ ONCE = {"run-begun:before", "run-begun:after", "run-over:before", "run-over:afte
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str, Any]:
     """What comes out when nobody dies."""
-    with Federation(tmp_path_factory.mktemp("calm"), zygote=zygote) as federation:
-        exact.configure(federation, ROUNDS)
-        everyone = [federation.start_coordinator(), *(exact.start_client(federation, name) for name in exact.CLIENTS)]
-        assert [process.code() for process in everyone] == [0, 0, 0]
-        return exact.outcome(federation)
+    return exact.undisturbed(tmp_path_factory.mktemp("calm"), zygote, ROUNDS)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

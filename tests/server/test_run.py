@@ -52,14 +52,15 @@ HeldOut = tuple[str, float, int]
 async def closed(run: Run, kind: Kind, *held_out: HeldOut, state: PartState = PartState.ACCEPTED) -> Round:
     """A closed round from the run's version, in which clients measured its loss."""
     number, version = run.record.next_round, run.version.number
-    await run.save(next_round=number + 1)
     parts = {
         f"{run.record.name}/{number}/{client}": Part(
             f"{run.record.name}/{number}/{client}", client, state, examples=10, held_out=(Metric("loss", loss, examples),)
         )
         for client, loss, examples in held_out
     }
-    return Round(run.record.name, number, kind, version, len(parts), 1, parts, NOON, RoundState.CLOSED)
+    opened = Round(run.record.name, number, kind, version, len(parts), 1, parts, NOON)
+    await run.open(opened)
+    return replace(opened, state=RoundState.CLOSED)
 
 
 def summed(run: Run, folder: Path, updates: Sequence[tuple[Sequence[float] | NDArray[Any], int]]) -> WeightedSum:
@@ -192,6 +193,15 @@ async def test_an_evaluation_that_nobody_answered_is_not_repeated(home: Home) ->
     assert run.record.progress == Progress()
 
 
+async def test_an_evaluation_that_was_abandoned_is_not_repeated_for_the_same_version(home: Home) -> None:
+    run = await home.open(config({"rounds": 1}))
+    await trained(run, home)
+    await closed(run, Kind.EVALUATION)  # and nothing comes of it
+    assert run.next_kind() is None
+    await run.roll_back(0, NOON)
+    assert run.next_kind() is Kind.EVALUATION
+
+
 async def test_without_measurements_by_clients_there_is_no_evaluation_round(home: Home) -> None:
     run = await home.open(config({"rounds": 1}, evaluation={"clients": False}))
     assert not run.clients_measure
@@ -298,7 +308,7 @@ async def test_best_is_kept_if_it_is_the_first_version(home: Home) -> None:
 
 async def test_nothing_is_published_that_could_not_be_stored(home: Home) -> None:
     run = await home.open()
-    before, version = run.record, run.version
+    version = run.version
     round = await closed(run, Kind.TRAINING, ("alice", 0.5, 1))
     opened = run.record
     rival = await Database.open(f"sqlite:///{home.folder / 'choral.db'}", Troubles())
@@ -308,7 +318,7 @@ async def test_nothing_is_published_that_could_not_be_stored(home: Home) -> None
             await run.settle(round, summed(run, home.folder, [([1.0, 1.0, 1.0], 1)]), NOON)
         assert (run.record, run.version) == (opened, version)
         other = await Store.open(rival, await Lease.take(rival, "here", 3600.0))
-        assert other.runs["run"] == replace(before, next_round=1)
+        assert other.runs["run"] == opened
         assert [record.version for record in await other.versions("run", 9)] == [version]
     finally:
         await rival.close()
