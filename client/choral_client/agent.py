@@ -189,6 +189,8 @@ class Agent:
 
     def _follow_to(self, version: VersionRef) -> None:
         if self._follow:
+            if self._follower is not None:
+                self._follower.cancel()  # an older version is worth nothing any more
             self._follower = self._aside(self._fetch_for_keeping(version))
 
     def _aside(self, doing: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -54,7 +54,7 @@ async def attend(config: ClientConfig) -> None:
         examples=shard.size,
         software=__version__,
     )
-    transport = GrpcTransport(str(config.server), ca)
+    transport = GrpcTransport(str(config.server), ca, config.name)
     agent = Agent(
         transport,
         hello,

@@ -56,10 +56,11 @@ class Transport(Protocol):
 
 
 class GrpcTransport:
-    """The contract over gRPC, with TLS unless `ca` is None. A transfer in which nothing moves for `stall_s` is given up."""
+    """The contract over gRPC for `client`, with TLS unless `ca` is None. A transfer that stands still for `stall_s` is given up."""
 
-    def __init__(self, address: str, ca: bytes | None, stall_s: float = STALL_S) -> None:
+    def __init__(self, address: str, ca: bytes | None, client: str, stall_s: float = STALL_S) -> None:
         self._address = address
+        self._client = client
         self._stall_s = stall_s
         if ca is None:
             self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
@@ -87,7 +88,7 @@ class GrpcTransport:
 
     async def download(self, version: VersionRef, offset: int) -> AsyncGenerator[bytes, None]:
         """The checkpoint file of a version from byte `offset` on, in verified pieces."""
-        call = self._stub.Download(pb.DownloadRequest(version=version.number, offset=offset))
+        call = self._stub.Download(pb.DownloadRequest(version=version.number, offset=offset, client=self._client))
         try:
             while (response := await self._next(call)) is not None:
                 piece = wire.verified(response.chunk, offset, version.size_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -61,7 +62,10 @@ class Work:
         return Result(moments.to_vector().astype("<f8").data.cast("B"))
 
     def _measure(self) -> tuple[Metric, ...]:
-        return evaluate(self._task, self._model, self._shard.held_out) if self._shard.held_out is not None else ()
+        """What can be measured on the examples held out; a metric that is not a number there is not told."""
+        if self._shard.held_out is None:
+            return ()
+        return tuple(m for m in evaluate(self._task, self._model, self._shard.held_out) if math.isfinite(m.value))
 
     def _train(self, plan: Plan, held_out: tuple[Metric, ...], stop: threading.Event) -> Result:
         before = flatten(self._model.state_dict(), self.manifest)

@@ -12,7 +12,13 @@ from grpc_status import rpc_status
 from choral.errors import ChoralError, TrustError, Unreachable, by_name
 
 DOMAIN = "choral.v1"
-_LINK_BROKEN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
+_LINK_BROKEN = {  # INTERNAL and UNKNOWN: what proxies make of a stream that breaks, and gRPC of a mistake in our own code
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+}
 
 # What gRPC 1.62 to 1.85 say of a certificate that they do not accept; it has no status code of its own.
 _NOT_TRUSTED = ("SSL_ERROR_SSL", "Hostname Verification", "CERTIFICATE_VERIFY_FAILED", "Peer name")

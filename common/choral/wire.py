@@ -33,6 +33,7 @@ from choral.plan import Kind, Plan, Training
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import model_pb2 as mb
 
+WORDS = 500  # characters
 PROTOCOL_VERSION = 1
 CHUNK_BYTES = 1 << 20
 DIGEST_BYTES = 32
@@ -203,6 +204,11 @@ def from_client_to_pb(said: FromClient) -> pb.AttendRequest:
             return pb.AttendRequest(heartbeat=pb.Heartbeat())
 
 
+def brief(text: str) -> str:
+    """A stranger's words, as long as they may be: they are kept, and told to others."""
+    return text if len(text) <= WORDS else f"{text[: WORDS - 1]}…"
+
+
 def from_client_from_pb(message: pb.AttendRequest) -> FromClient:
     """From protobuf. Raises InvalidMessage: nothing is said, or something that this release does not know."""
     match message.WhichOneof("message"):
@@ -213,11 +219,12 @@ def from_client_from_pb(message: pb.AttendRequest) -> FromClient:
                     f"the client speaks version {h.protocol_version} of the protocol, this coordinator version {PROTOCOL_VERSION}: "
                     "install the same release of Choral on both"
                 )
+            task, version, software = brief(h.task), brief(h.task_version), brief(h.software)
             manifest = manifest_from_pb(h.manifest)
-            return Hello(h.protocol_version, h.client, h.instance, h.task, h.task_version, manifest, h.examples, h.software)
+            return Hello(h.protocol_version, h.client, h.instance, task, version, manifest, h.examples, software)
         case "status":
             s = message.status
-            return Status(s.assignment, _known(_PHASES_BACK, s.phase, "phase"), s.reason)
+            return Status(brief(s.assignment), _known(_PHASES_BACK, s.phase, "phase"), brief(s.reason))
         case "heartbeat":
             return Heartbeat()
     raise InvalidMessage("an attendance message that says nothing known to this release: update Choral on this side")
@@ -283,8 +290,8 @@ def header_from_pb(message: pb.UploadHeader) -> UploadHeader:
     if len(message.digest) != DIGEST_BYTES:
         raise InvalidMessage(f"the digest of an upload has {len(message.digest)} bytes; a SHA-256 has {DIGEST_BYTES}")
     return UploadHeader(
-        assignment=message.assignment,
-        client=message.client,
+        assignment=brief(message.assignment),
+        client=brief(message.client),
         examples=message.examples,
         kind=_known(_PAYLOADS_BACK, message.payload, "payload kind"),
         payload_bytes=message.payload_bytes,

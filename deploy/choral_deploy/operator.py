@@ -12,6 +12,8 @@ from choral.status import from_rpc
 from choral.v1 import admin_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+_OPTIONS = [("grpc.max_receive_message_length", -1)]  # a hundred rounds of a thousand clients are some megabytes
+
 
 class Operator:
     """Calls the Admin service behind `socket`."""
@@ -37,7 +39,7 @@ class Operator:
         if not self._socket.exists():
             raise Unreachable(f"no coordinator runs with this configuration: {self._socket} does not exist; start `choral server`")
         try:
-            async with grpc.aio.insecure_channel(f"unix:{self._socket}") as channel:
+            async with grpc.aio.insecure_channel(f"unix:{self._socket}", options=_OPTIONS) as channel:
                 yield channel
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, str(self._socket)) from error

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
 import grpc
+import structlog
 from choral.errors import ChoralError, ConfigError, Unreachable
 from choral.status import abort
 from choral.v1 import admin_pb2 as pb
@@ -17,6 +18,7 @@ from choral_server.coordinator import Coordinator
 from choral_server.diagnosis import diagnose, moving
 from choral_server.store import Store
 
+log = structlog.get_logger()
 _DEFAULT_LIMIT = 100
 _PATIENCE_S = 10.0
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -29,6 +31,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     def __init__(self, coordinator: Coordinator, store: Store) -> None:
         self._coordinator = coordinator
         self._store = store
+        self._under_way: set[asyncio.Future[Any]] = set()
 
     async def StartRun(self, request: pb.StartRunRequest, context: Context) -> pb.StartRunResponse:
         """Begin a further run."""
@@ -111,15 +114,24 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         return messages.run(self._coordinator.run.record)
 
     async def _done(self, context: Context, command: Awaitable[T]) -> T:
-        """The result of a command. What fails, or cannot be stored now, ends the call with the reason."""
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                return await command
-        except TimeoutError:
+        """The result of a command. What fails ends the call with the reason; what cannot be stored now goes on without it."""
+        doing = asyncio.ensure_future(command)
+        self._under_way.add(doing)
+        doing.add_done_callback(self._over)
+        await asyncio.wait({doing}, timeout=_PATIENCE_S)
+        if not doing.done():
             troubles = "; ".join(f"{subject}: {reason}" for subject, reason in self._coordinator.troubles.items())
-            await abort(context, Unreachable(f"this cannot be done now ({troubles or 'the coordinator is busy'}): try again later"))
+            why = troubles or "the coordinator is busy"
+            await abort(context, Unreachable(f"this takes longer ({why}): it is done as soon as that is over, look then"))
+        try:
+            return doing.result()
         except ChoralError as error:
             await abort(context, error)
+
+    def _over(self, doing: asyncio.Future[Any]) -> None:
+        self._under_way.discard(doing)
+        if not doing.cancelled() and (error := doing.exception()) is not None:
+            log.info("command refused", reason=str(error))
 
     async def _named(self, name: str, context: Context) -> str:
         if name and name not in self._store.runs:

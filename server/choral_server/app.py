@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import structlog
 from choral.address import HostPort
+from choral.durable import write_durably
 from choral.errors import AddressError, ConfigError, TrustError
 from choral.metrics import LOSS
 from choral.task import Task, load_task
@@ -169,7 +170,7 @@ def _holder(folder: Path) -> str:
     """The name under which this state folder holds the database: a coordinator that starts again is the same."""
     path = folder / "holder"
     if not path.exists():
-        path.write_text(f"{os.uname().nodename}-{secrets.token_hex(4)}", encoding="utf-8")
+        write_durably(path, f"{os.uname().nodename}-{secrets.token_hex(4)}".encode())
     return path.read_text(encoding="utf-8")
 
 

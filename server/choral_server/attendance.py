@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import structlog
-from choral.errors import ConfigError, UpdateRefused, WrongState
+from choral.errors import ConfigError, Unreachable, UpdateRefused, WrongState
 from choral.messages import Phase, Receipt, Status, UploadHeader, Welcome
 
 from choral_server.collection import Collection, House
 from choral_server.records import ClientRecord, EventRecord
-from choral_server.rounds import receipt_after
+from choral_server.rounds import OPEN_PARTS, receipt_after
 from choral_server.run import Run
 from choral_server.sessions import Session
 from choral_server.standing import release
@@ -68,7 +68,10 @@ class Attendance:
         store.clients[session.client] = replace(store.clients[session.client], heard_at=self._house.clock())
 
     async def expects(self, header: UploadHeader) -> Receipt | Collection:
-        """Who takes the bytes of an upload, or the receipt that it gets instead. Raises UpdateRefused."""
+        """Who takes the bytes of an upload, or the receipt that it gets instead.
+
+        Raises UpdateRefused; Unreachable: that cannot be said yet.
+        """
         client = self._house.store.clients.get(header.client)
         if client is not None and client.quarantine:
             raise UpdateRefused(f"client {header.client} is quarantined: {client.quarantine}")
@@ -78,13 +81,18 @@ class Attendance:
         part = await self._house.store.part(header.assignment)
         if part is None or part.client != header.client:
             raise UpdateRefused(f"assignment {header.assignment} is unknown: nobody named {header.client} was asked for it")
+        if part.state in OPEN_PARTS:
+            raise Unreachable(f"the round of assignment {header.assignment} is being taken up: send the result in a moment")
         return receipt_after(part)
 
     async def quarantine(self, name: str, reason: str) -> ClientRecord:
         """Ask and take no result from a client until it is released. Raises ConfigError: it is unknown."""
         async with self._house.judging:
             after = replace(self._known(name), quarantine=reason)
-            return await self._keep(after, EventRecord(self._house.clock(), "client quarantined", reason, client=name))
+            client = await self._keep(after, EventRecord(self._house.clock(), "client quarantined", reason, client=name))
+        if self.collection is not None:
+            self.collection.expel(name, f"it is quarantined: {reason}")
+        return client
 
     async def release(self, name: str) -> ClientRecord:
         """Let a quarantined client take part again. Raises ConfigError or WrongState: it is unknown or was not quarantined."""

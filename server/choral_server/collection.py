@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 import structlog
 from choral.errors import UpdateRefused
-from choral.messages import Assignment, Cancel, Receipt, Status, UploadHeader, Verdict
+from choral.messages import Assignment, Cancel, Phase, Receipt, Status, UploadHeader, Verdict
+from choral.metrics import LOSS
 from choral.plan import Kind, Plan, seed_for
 
 from choral_server import cohort, failpoints
@@ -18,8 +19,9 @@ from choral_server.aggregate import WeightedSum
 from choral_server.failpoints import Step, Transition
 from choral_server.intake import Bounds, check_header, payload_bytes
 from choral_server.offload import offload
+from choral_server.records import RunRecord
 from choral_server.rounds import (
-    AT_WORK,
+    AWAITED,
     ENDED,
     OPEN_PARTS,
     Action,
@@ -31,6 +33,7 @@ from choral_server.rounds import (
     Extend,
     Fold,
     Left,
+    Overdue,
     Part,
     PartState,
     Recruited,
@@ -90,8 +93,10 @@ class Collection:
         self._waiting_for: dict[int, tuple[Upload, asyncio.Future[Receipt]]] = {}
         self._folded: list[Part] = []  # what the sum holds but not yet its copy on disk
         self._timers: list[asyncio.TimerHandle] = []
+        self._away: dict[str, asyncio.TimerHandle] = {}  # until a client is overdue
         self._began = time.monotonic()
-        self._left: dict[str, float] = {}
+        self._troubled_s = house.troubles.lasted_s  # what of it has been added to the deadline
+        self._added_s = 0.0
 
     # The round, from top to bottom
 
@@ -101,8 +106,6 @@ class Collection:
         Raises UpdateRefused: an accepted result is not on disk any more, or cannot be read.
         """
         self.round = resumed(self.round)
-        self._left = {part.client: self._began for part in self.round.parts.values() if part.state is PartState.ABSENT}
-        self._later(self.run.settings.absence_s, self.recruit)
         accepted = [part for part in self.round.parts.values() if part.state is PartState.ACCEPTED]
         if self.aggregate is None:
             return
@@ -115,11 +118,11 @@ class Collection:
                 raise UpdateRefused(str(error)) from error
             contained = self.aggregate.contained
             self.spool.drop(part for part in accepted if part.assignment in contained)
-        rest = [part for part in accepted if part.assignment not in contained]
-        if missing := self.spool.missing(rest):
-            raise UpdateRefused(f"the accepted results of {', '.join(missing)} are not in the spool any more")
-        for part in rest:
-            await self._fold(part)
+        for part in accepted:
+            if part.assignment not in contained:
+                if not await self.spool.holds(part, self.run.version.size_bytes):
+                    raise UpdateRefused(f"the accepted result of {part.client} is not in the spool any more, or damaged")
+                await self._fold(part)
 
     async def collect(self) -> Round:
         """Ask the cohort, and take what comes until the round closes."""
@@ -129,14 +132,15 @@ class Collection:
             while self.round.state is RoundState.OPEN or not self._inbox.empty():  # what came with the last result is answered too
                 after, actions = self.round, list[Action]()
                 async for event in self._waiting():  # one commit for all that waits
-                    after, more = step(after, event)
-                    actions += more
+                    for one in (*self._replacements(after, event), event):
+                        after, more = step(after, one)
+                        actions += more
                 await self._move(after)
                 for action in actions:
                     await self._act(action)
                 self.recruit()
         finally:
-            for timer in self._timers:
+            for timer in (*self._timers, *self._away.values()):
                 timer.cancel()
         return self.round
 
@@ -151,6 +155,8 @@ class Collection:
                     self.left(part.client)
                 case PartState.ABSENT, True:
                     self.returned(part.client)
+                case PartState.ABSENT, False:
+                    self._expect_back(part.client)
 
     async def _waiting(self) -> AsyncIterator[Event]:
         yield await self._inbox.get()
@@ -242,61 +248,101 @@ class Collection:
         self._timers.append(asyncio.get_running_loop().call_later(seconds, call))
 
     def _deadline(self) -> None:
-        """Time is up, unless we are in trouble ourselves or transfers advance."""
-        if self._house.troubles.present:
-            self._later(_TROUBLED_S, self._deadline)
+        """Time is up, unless transfers advance, or we are or were in trouble ourselves, which is not the clients' time."""
+        troubles = self._house.troubles
+        if DISK in troubles.present:
+            self.spool.probe()  # nobody may be left whose upload would show that it takes something again
+        if troubles.present or troubles.lasted_s > self._troubled_s:
+            more_s = max(_TROUBLED_S, troubles.lasted_s - self._troubled_s)
+            self._troubled_s = troubles.lasted_s
+            self._added_s += more_s
+            self._later(more_s, self._deadline)
             return
         settings = self.run.settings
         moving = self._house.transfers.advancing(settings.stall_s) if self._extensible_s() > 0 else frozenset()
         advancing = frozenset(part.assignment for part in self.round.parts.values() if part.client in moving)
-        self._inbox.put_nowait(DeadlinePassed(settings.deadline_s, advancing))
+        self._tell(DeadlinePassed(settings.deadline_s, advancing))
 
     def _extensible_s(self) -> float:
-        """By how much the deadline can still be moved."""
+        """By how much transfers can still move the deadline."""
         settings = self.run.settings
         longest = settings.deadline_s if settings.extension_s is None else settings.extension_s
-        return settings.deadline_s + longest - self.elapsed_s
+        return settings.deadline_s + self._added_s + longest - self.elapsed_s
 
     def recruit(self) -> None:
-        """Ask others in place of those who are away for too long or will not do it, if there is time."""
-        settings, current = self.run.settings, self.round
-        if current.kind is not Kind.TRAINING or current.state is not RoundState.OPEN or self.elapsed_s > settings.deadline_s / 2:
+        """Ask others in place of those who are not waited for any more, if there is time."""
+        for event in self._recruits(self.round):
+            self._tell(event)
+
+    def _replacements(self, round: Round, event: Event) -> Iterator[Recruited]:
+        """Others in place of one who will not or cannot do its part, asked before that ends: or the round might end with it."""
+        match event:
+            case Reported(assignment, Phase.DECLINED) | Rejected(assignment):
+                part = round.parts.get(assignment)
+                if part is not None and part.state in AWAITED:
+                    yield from self._recruits(round, ending=1)
+
+    def _recruits(self, round: Round, ending: int = 0) -> Iterator[Recruited]:
+        """As many as are wanted, and there, when `ending` of those waited for end without a result."""
+        settings = self.run.settings
+        if round.kind is not Kind.TRAINING or round.state is not RoundState.OPEN or self.elapsed_s > settings.deadline_s / 2:
             return
-        awaited = [part for part in current.parts.values() if part.state is PartState.ABSENT and self._is_back_soon(part.client)]
-        wanted = current.goal - current.count(PartState.ACCEPTED, *AT_WORK) - len(awaited)
+        wanted = round.goal + ending - round.count(PartState.ACCEPTED, *AWAITED)
         if wanted <= 0:
             return
-        taken = {part.client for part in current.parts.values()}
+        taken = {part.client for part in round.parts.values()}
         spare = [client for client in self._house.eligible() if client not in taken]
-        for client in cohort.choose(settings.seed, current.number, spare, wanted):
-            self._inbox.put_nowait(Recruited(Part(assignment_id(current.run, current.number, client), client)))
+        for client in cohort.choose(settings.seed, round.number, spare, wanted):
+            yield Recruited(Part(assignment_id(self.run.record, round.number, client), client))
 
-    def _is_back_soon(self, client: str) -> bool:
-        return time.monotonic() - self._left.get(client, self._began) < self.run.settings.absence_s
+    def _expect_back(self, client: str) -> None:
+        """Wait for one who is away; not for ever, unless its result is still arriving."""
+        if (before := self._away.pop(client, None)) is not None:
+            before.cancel()
+
+        def overdue() -> None:
+            if client in self._house.transfers.advancing(self.run.settings.stall_s):
+                self._expect_back(client)
+            else:
+                self._tell(Overdue(client))
+
+        self._away[client] = asyncio.get_running_loop().call_later(self.run.settings.absence_s, overdue)
+
+    def _tell(self, event: Event) -> None:
+        """Something happened; nobody minds once the round has closed."""
+        if self.round.state is RoundState.OPEN:
+            self._inbox.put_nowait(event)
 
     # What clients do
 
     def returned(self, client: str) -> None:
         """A client attends, again or for the first time."""
-        self._left.pop(client, None)
-        self._inbox.put_nowait(Returned(client))
-        self.recruit()
+        if (overdue := self._away.pop(client, None)) is not None:
+            overdue.cancel()
+        self._tell(Returned(client))
 
     def left(self, client: str) -> None:
         """A client's session has ended."""
-        self._left[client] = time.monotonic()
-        self._inbox.put_nowait(Left(client))
-        self._later(self.run.settings.absence_s, self.recruit)
+        self._tell(Left(client))
+        if self.round.part_of(client) is not None:
+            self._expect_back(client)
 
     def reported(self, client: str, status: Status) -> None:
         """A client says how its part goes."""
         part = self.round.parts.get(status.assignment)
         if part is not None and part.client == client:
-            self._inbox.put_nowait(Reported(status.assignment, status.phase, status.reason))
+            self._tell(Reported(status.assignment, status.phase, status.reason))
+
+    def expel(self, client: str, reason: str) -> None:
+        """No result of this client is wanted any more."""
+        part = self.round.part_of(client)
+        if part is not None and part.state in OPEN_PARTS:
+            self._house.sessions.say(client, Cancel(part.assignment, reason))
+            self._tell(Rejected(part.assignment, reason))
 
     def stop(self, reason: str) -> None:
         """End the round without a result."""
-        self._inbox.put_nowait(Stopped(reason))
+        self._tell(Stopped(reason))
 
     def expects(self, header: UploadHeader) -> Receipt | None:
         """Whether to take the bytes of an upload: None, or the receipt that it gets instead. Raises UpdateRefused."""
@@ -306,7 +352,7 @@ class Collection:
         if part.state not in OPEN_PARTS:
             return receipt_after(part)
         try:
-            check_header(header, self.round.kind, self._payload_bytes())
+            check_header(header, self.round.kind, self._payload_bytes(), (LOSS, *self.run.model.task.metrics))
         except UpdateRefused as error:
             self.reject(header, str(error))
             raise
@@ -330,15 +376,15 @@ class Collection:
     def reject(self, header: UploadHeader, reason: str) -> None:
         """A result cannot count."""
         log.warning("upload refused", client=header.client, assignment=header.assignment, reason=reason)
-        self._inbox.put_nowait(Rejected(header.assignment, reason))
+        self._tell(Rejected(header.assignment, reason))
 
     def _payload_bytes(self) -> int:
         return payload_bytes(self.round.kind, self.run.model.manifest.size, self.run.model.features)
 
 
-def assignment_id(run: str, number: int, client: str) -> str:
-    """The name of one client's part in one round."""
-    return f"{run}/{number}/{client}"
+def assignment_id(run: RunRecord, number: int, client: str) -> str:
+    """The name of one client's part in one round. The run's nonce keeps apart what once had, or will have, the same names."""
+    return f"{run.name}/{number}/{client}/{run.nonce}"
 
 
 def _differs(before: Part | None, after: Part) -> bool:

@@ -9,16 +9,18 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import structlog
-from choral.errors import ChoralError, UpdateRefused, WrongState
+from choral.errors import ChoralError, UnknownVersion, UpdateRefused, WrongState
 from choral.messages import ComeBack, NewVersion
 from choral.plan import Kind
 
 from choral_server import cohort, disk
 from choral_server.attendance import Attendance
 from choral_server.collection import Collection, House, assignment_id
+from choral_server.database import SUBJECT as DATABASE
 from choral_server.diagnosis import Condition
 from choral_server.failpoints import Transition
 from choral_server.intake import payload_bytes
+from choral_server.patience import patiently
 from choral_server.records import EventRecord, RunState
 from choral_server.rounds import Part, PartState, Round, RoundState, discarded
 from choral_server.run import Run
@@ -58,6 +60,7 @@ class Coordinator:
         self.draining = False
         self._retry_at: datetime | None = None
         self._back_to: int | None = None
+        self._starting = asyncio.Lock()
         house.troubles.on_change = self.wake
 
     # The run
@@ -66,11 +69,14 @@ class Coordinator:
         """Open rounds as they become due until the run is over or cannot go on, or the coordinator drains."""
         run = self.run
         await self._take_up(run)
-        while self._goes_on(run) and (kind := run.next_kind()) is not None:
+        while self._goes_on(run):
             if self._back_to is not None:
                 await self._roll_back(run)
+            elif (kind := run.next_kind()) is None:
+                break
             elif await self._due(kind):
                 await self._count_abandoned(run, await self.run_round(run, await self._open(run, kind)))
+        self._back_to = None
         if self._goes_on(run):
             await run.save(at=Transition.RUN_OVER, state=RunState.FINISHED, reason=run.outcome(), next_round_at=None)
         if not run.active:
@@ -91,7 +97,8 @@ class Coordinator:
 
     async def _take_up(self, run: Run) -> None:
         """Go on where an earlier process was: with its round, if one was under way, and with what was left to measure."""
-        unfinished = await self._house.store.unfinished(run.record.name)
+        house = self._house
+        unfinished = await patiently(house.troubles, DATABASE, lambda: house.store.unfinished(run.record.name))
         self._spool.keep_only(unfinished)
         if unfinished is None:
             if run.record.latest > 0:
@@ -153,14 +160,18 @@ class Coordinator:
         return max(settings.needed, settings.start_with or 0) if self.run.record.next_round == 0 else settings.needed
 
     def _look_at_disk(self) -> None:
+        if (reason := self._shortage()) is not None:
+            self._house.troubles.found(DISK, reason)
+        else:
+            self._house.troubles.over(DISK)
+
+    def _shortage(self) -> str | None:
+        """Why the disk cannot take another round."""
         settings, model = self.run.settings, self.run.model
         upload = payload_bytes(Kind.TRAINING, model.manifest.size, model.features)
         asked = cohort.selected(settings.cohort_size, settings.over_selection)
         needed = disk.needed_bytes(asked, upload, self._house.spool_bytes, self.run.version.size_bytes)
-        if (reason := disk.shortage(self._state, needed)) is not None:
-            self._house.troubles.found(DISK, reason)
-        else:
-            self._house.troubles.over(DISK)
+        return disk.shortage(self._state, needed)
 
     async def _count_abandoned(self, run: Run, closed: Round) -> None:
         if closed.state is RoundState.DONE or closed.kind is Kind.EVALUATION or not self._goes_on(run) or self._back_to is not None:
@@ -181,19 +192,28 @@ class Coordinator:
     async def run_round(self, run: Run, collection: Collection) -> Round:
         """Collect one round, publish what it gives, and measure that."""
         self.attendance.collection = collection
-        if not collection.round.parts:
-            collection.stop("nobody attends")
-        closed = collection.round
-        if closed.state is RoundState.OPEN:
-            closed = await collection.collect()
-        if closed.state is RoundState.CLOSED:
-            closed = await run.settle(collection.timed(), collection.aggregate, self._house.clock())
-        collection.round = closed
+        try:
+            closed = await self._closed(run, collection)
+        finally:
+            self.attendance.collection = None
         collection.spool.clear()
         _log_round(run, closed)
         if closed.state is RoundState.DONE and collection.aggregate is not None:
             self._house.sessions.say_all(NewVersion(run.version))
         await self._measure(run)
+        return closed
+
+    async def _closed(self, run: Run, collection: Collection) -> Round:
+        """The round once it is over, and what it gives published."""
+        if not collection.round.parts:
+            collection.stop("nobody attends")
+        elif not run.active or self._back_to is not None:  # said by an operator while it was opened
+            collection.stop(run.record.reason or f"an operator went back to version {self._back_to}")
+        closed = collection.round
+        if closed.state is RoundState.OPEN:
+            closed = await collection.collect()
+        if closed.state is RoundState.CLOSED:
+            closed = await run.settle(collection.timed(), collection.aggregate, self._house.clock())
         return closed
 
     async def _open(self, run: Run, kind: Kind) -> Collection:
@@ -207,7 +227,7 @@ class Coordinator:
             size = goal = len(present)
             quorum = quorum if kind is Kind.STATISTICS else 1
         chosen = cohort.choose(settings.seed, number, present, size)
-        parts = {assignment_id(record.name, number, client): client for client in chosen}
+        parts = {assignment_id(record, number, client): client for client in chosen}
         opened = Round(
             run=record.name,
             number=number,
@@ -288,9 +308,10 @@ class Coordinator:
 
     async def start(self, rounds: int, from_latest: bool) -> None:
         """Begin a further run once the present one is over. Raises WrongState."""
-        if not self.run.over:
-            raise WrongState(f"run {self.run.record.name} is {self.run.record.state.value}; stop it before starting another")
-        self.run = await self._open_next(rounds, self.run if from_latest else None)
+        async with self._starting:
+            if not self.run.over:
+                raise WrongState(f"run {self.run.record.name} is {self.run.record.state.value}; stop it before starting another")
+            self.run = await self._open_next(rounds, self.run if from_latest else None)
         self._retry_at = None
         self._house.sessions.say_all(NewVersion(self.run.version))
         self.wake()
@@ -300,7 +321,12 @@ class Coordinator:
         self._must_not_be_over("rolled back")
         if self.run.record.state is RunState.FAILED:
             raise WrongState(f"run {self.run.record.name} is failed; resume it first")
-        await self.run.checkpoints.fetch(number)
+        known = await self._house.store.version(self.run.record.name, number)
+        if known is None:
+            raise UnknownVersion(
+                f"run {self.run.record.name} has no version {number}: `choral versions list` shows those there are"
+            )
+        await self.run.checkpoints.fetch(number, known.version)  # to say at once if it is not kept any more, or damaged
         self._back_to = number
         self._stop_round(f"an operator went back to version {number}")
         self.wake()
@@ -312,15 +338,17 @@ class Coordinator:
 
     async def await_return(self, patience_s: float) -> None:
         """Wait at most `patience_s` for those who took part lately, but not since a restart: they do not know that it is over."""
-        last = await self._house.store.rounds(self.run.record.name, _LATELY)
+        house = self._house
+        last = await patiently(house.troubles, DATABASE, lambda: house.store.rounds(self.run.record.name, _LATELY))
         clients = {part.client for round in last for part in round.parts.values() if part.state is PartState.ACCEPTED}
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await self._house.sessions.seen(clients)
 
     async def dismiss(self, patience_s: float) -> None:
-        """Send everyone away, for good unless the coordinator was told to end; wait at most `patience_s` until they are gone."""
-        farewell = ComeBack(None, self.run.record.reason) if not self.draining else ComeBack(RESTART_S, "the coordinator restarts")
+        """Send everyone away, for good if the run is what ends; wait at most `patience_s` until they are gone."""
+        for_good = not self.run.active and not self.draining
+        farewell = ComeBack(None, self.run.record.reason) if for_good else ComeBack(RESTART_S, "the coordinator restarts")
         self._house.sessions.say_all(farewell)
         try:
             async with asyncio.timeout(patience_s):
@@ -335,12 +363,12 @@ class Coordinator:
 
     def condition(self) -> Condition:
         """How things stand, for a diagnosis."""
-        self._look_at_disk()
         collection, house = self.attendance.collection, self._house
         current = collection.round if collection is not None else None
-        return Condition(
-            self.run.record, current, house.store.clients, house.sessions.present(), self._needed(), house.troubles.present
-        )
+        troubles = house.troubles.present
+        if current is None and (shortage := self._shortage()) is not None:
+            troubles = {DISK: shortage} | troubles
+        return Condition(self.run.record, current, house.store.clients, house.sessions.present(), self._needed(), troubles)
 
     def _stop_round(self, reason: str) -> None:
         if self.attendance.collection is not None:

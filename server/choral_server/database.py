@@ -147,6 +147,8 @@ def _is_gone(error: BaseException) -> bool:
     driver = _driver_error(error)
     if isinstance(error, InterfaceError) and isinstance(driver, ValueError):
         return False  # asyncpg cannot encode a value
+    if getattr(driver, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
+        return False  # the statement is wrong: no such table, no such column
     sqlstate = getattr(driver, "sqlstate", None)
     if isinstance(sqlstate, str):
         return not sqlstate.startswith(_WRONG_SQLSTATES)

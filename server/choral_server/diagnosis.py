@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from choral_server.records import OVER, ClientRecord, RunRecord, RunState
-from choral_server.rounds import AT_WORK, PartState, Round, RoundState
+from choral_server.rounds import AT_WORK, PartState, Round, RoundState, outstanding
 
 _CURES = {
     "database": "start the database, or make it reachable from here; the coordinator goes on by itself",
@@ -88,13 +88,9 @@ def _round(condition: Condition) -> Iterator[Finding]:
         return
     accepted = current.count(PartState.ACCEPTED)
     at_work = current.count(*AT_WORK)
-    missing = "; ".join(
-        f"{part.client} {part.state.value}" + (f" ({part.reason})" if part.reason else "")
-        for part in current.parts.values()
-        if part.state is not PartState.ACCEPTED
-    )
     possible = accepted + at_work >= current.quorum
-    found = f"round {current.number}: {accepted} results of {current.goal}, {current.quorum} are the least; still out: {missing}"
+    found = f"round {current.number}: {accepted} results of {current.goal}, {current.quorum} are the least"
+    found += f"; still out: {outstanding(current)}"
     cure = "" if possible else "start the clients that are absent; otherwise the deadline ends the round"
     yield Finding("round", possible, found, cure)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from choral.errors import InvalidMessage, UpdateRefused
 from choral.messages import UploadHeader
+from choral.metrics import Metric
 from choral.plan import Kind
 from choral.statistics import Moments
 
@@ -16,6 +18,8 @@ from choral_server.aggregate import entry_bound
 
 MAX_EXAMPLES = 2**40
 _LARGEST_FEATURE = 1e30  # the model keeps means and deviations as float32, which ends at 3e38
+_LARGEST_METRIC = 1e30
+_WORK_METRICS, _NAME = 32, 64  # how many a client may tell of its work, and how long the name of one may be, in characters
 _BLOCK = 1 << 20
 
 
@@ -33,17 +37,30 @@ def payload_bytes(kind: Kind, model_size: int, features: int | None) -> int:
     return {Kind.TRAINING: 4 * model_size, Kind.STATISTICS: 8 * (1 + 2 * (features or 0)), Kind.EVALUATION: 0}[kind]
 
 
-def check_header(header: UploadHeader, kind: Kind, expected_bytes: int) -> None:
-    """Refuse before any byte is stored. Raises UpdateRefused: wrong kind, length or weight."""
+def check_header(header: UploadHeader, kind: Kind, expected_bytes: int, metrics: Collection[str]) -> None:
+    """Refuse before any byte is stored. Raises UpdateRefused: wrong kind, length, weight or metrics; the task has `metrics`."""
     if header.kind is not kind:
         raise UpdateRefused(f"{header.client} sends a {header.kind.value} result; a {kind.value} result was asked for")
     if header.payload_bytes != expected_bytes:
         raise UpdateRefused(f"{header.client} announces {header.payload_bytes} bytes; the model's result has {expected_bytes}")
     if not 1 <= header.examples <= MAX_EXAMPLES:
         raise UpdateRefused(f"{header.client} claims {header.examples} examples; 1 to {MAX_EXAMPLES} are allowed")
-    for metric in header.held_out:
+    _check_metrics(header.client, header.held_out, metrics)
+    _check_metrics(header.client, header.work, [metric.name for metric in header.work[:_WORK_METRICS]])
+
+
+def _check_metrics(client: str, measured: Sequence[Metric], known: Collection[str]) -> None:
+    """Each of the known ones at most once, and a number: of what it is the mean, and what it says of the best version."""
+    left = list(known)
+    for metric in measured:
+        name = metric.name[:_NAME]
+        if metric.name not in left or name != metric.name:
+            raise UpdateRefused(f"{client} measured {name!r}, which was not asked for, or twice; the task has {', '.join(known)}")
+        left.remove(metric.name)
         if not 1 <= metric.examples <= MAX_EXAMPLES:
-            raise UpdateRefused(f"{header.client} measured {metric.name} on {metric.examples} examples; at least 1 is needed")
+            raise UpdateRefused(f"{client} measured {name} on {metric.examples} examples; 1 to {MAX_EXAMPLES} are allowed")
+        if not abs(metric.value) <= _LARGEST_METRIC:
+            raise UpdateRefused(f"{client} measured {name} = {metric.value:g}; at most {_LARGEST_METRIC:g} is allowed")
 
 
 def digest_of(path: Path) -> bytes:

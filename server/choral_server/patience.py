@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from choral.errors import ArtifactsGone
+from choral.errors import ArtifactsGone, DatabaseGone
 
 from choral_server.troubles import Troubles
 
@@ -20,7 +20,7 @@ async def patiently(troubles: Troubles, subject: str, work: Callable[[], Awaitab
     while True:
         try:
             result = await work()
-        except (ArtifactsGone, OSError) as error:
+        except (ArtifactsGone, DatabaseGone, OSError) as error:
             troubles.found(subject, str(error))
         else:
             troubles.over(subject)

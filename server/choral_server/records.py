@@ -49,6 +49,8 @@ class RunRecord:
     progress: Progress = Progress()
     next_round_at: datetime | None = None
     opened_at: datetime | None = None
+    nonce: str = field(default_factory=lambda: secrets.token_hex(4))
+    """what tells the assignments of this run from those of another of the same name"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,13 @@ A part, one client's share of the round, moves through these states; once it has
         │           └────────────┴──────────┴───────▶ declined     the client will not do it
         │                                        └──▶ refused      the result cannot count
         └──▶ absent ──▶ announced                                  the client left; it came back
+                └─────▶ gone ──▶ announced                         it has been away for too long to be waited for; it came back
     anything still open when the round closes ──────▶ cancelled
 
 A result, a decline or a refusal ends a part from any open state, `absent` too: uploads do not need the client's stream.
 
-The round closes when `goal` results are accepted, or when at least `quorum` are and nobody is still at work; it is abandoned when
-a quorum has become impossible, at the deadline without one, and when an operator stops it. A closed round is done once what its
+The round closes when `goal` results are accepted, or when at least `quorum` are and nobody is waited for; it is abandoned when a
+quorum has become impossible, at the deadline without one, and when an operator stops it. A closed round is done once what its
 results give has been published:
 
     open ──▶ closed ──▶ done
@@ -43,6 +44,7 @@ class PartState(enum.Enum):
     WORKING = "working"
     UPLOADING = "uploading"
     ABSENT = "absent"
+    GONE = "gone"
     ACCEPTED = "accepted"
     DECLINED = "declined"
     REFUSED = "refused"
@@ -50,7 +52,8 @@ class PartState(enum.Enum):
 
 
 AT_WORK = frozenset({PartState.ANNOUNCED, PartState.DOWNLOADING, PartState.WORKING, PartState.UPLOADING})
-OPEN_PARTS = AT_WORK | {PartState.ABSENT}
+AWAITED = AT_WORK | {PartState.ABSENT}
+OPEN_PARTS = AWAITED | {PartState.GONE}
 
 
 class RoundState(enum.Enum):
@@ -62,6 +65,7 @@ class RoundState(enum.Enum):
     ABANDONED = "abandoned"
 
 
+_NAMED = 10  # clients named in a reason
 ENDED = frozenset({RoundState.DONE, RoundState.ABANDONED})
 
 
@@ -117,8 +121,16 @@ class Upload:
     path: Path
 
 
+def outstanding(round: Round) -> str:
+    """Client by client, those without an accepted result, and why; of many the first ones, since each of them may be told."""
+    rest = [part for part in round.parts.values() if part.state is not PartState.ACCEPTED]
+    told = [f"{part.client} {part.state.value}" + (f" ({part.reason})" if part.reason else "") for part in rest[:_NAMED]]
+    return "; ".join(told) + (f"; and {len(rest) - _NAMED} more" if len(rest) > _NAMED else "")
+
+
 def receipt_after(part: Part) -> Receipt:
     """The receipt for a result that arrives after its part has ended."""
+    assert part.state not in OPEN_PARTS, f"{part.assignment} is {part.state.value}"
     if part.state is PartState.ACCEPTED:
         return Receipt(Verdict.DUPLICATE, "this result was accepted before and counts once")
     verdict = Verdict.LATE if part.state is PartState.CANCELLED else Verdict.REFUSED
@@ -187,6 +199,13 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
+class Overdue:
+    """A client has been away for too long to be waited for."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
 class Returned:
     """A client attends again."""
 
@@ -215,7 +234,7 @@ class Stopped:
     reason: str
 
 
-Event = Reported | Arrived | Rejected | Left | Returned | Recruited | DeadlinePassed | Stopped
+Event = Reported | Arrived | Rejected | Left | Overdue | Returned | Recruited | DeadlinePassed | Stopped
 
 
 # Actions
@@ -307,6 +326,13 @@ def _left(round: Round, event: Left) -> Step:
     return _with(round, replace(part, state=PartState.ABSENT, reason="the client left")), ()
 
 
+def _overdue(round: Round, event: Overdue) -> Step:
+    part = round.part_of(event.client)
+    if part is None or part.state is not PartState.ABSENT:
+        return round, ()
+    return _with(round, replace(part, state=PartState.GONE)), ()
+
+
 def _returned(round: Round, event: Returned) -> Step:
     part = round.part_of(event.client)
     if part is None or part.state not in OPEN_PARTS:
@@ -341,6 +367,7 @@ _HANDLERS: dict[type[Any], Callable[[Round, Any], Step]] = {
     Arrived: _arrived,
     Rejected: _rejected,
     Left: _left,
+    Overdue: _overdue,
     Returned: _returned,
     Recruited: _recruited,
     DeadlinePassed: _deadline_passed,
@@ -357,7 +384,7 @@ def _settle(round: Round) -> Step:
         return _close(round, RoundState.CLOSED, "the goal was reached")
     if accepted + round.count(*OPEN_PARTS) < round.quorum:
         return _close(round, RoundState.ABANDONED, _missing(round))
-    if accepted >= round.quorum and round.count(*AT_WORK) == 0:
+    if accepted >= round.quorum and round.count(*AWAITED) == 0:
         return _close(round, RoundState.CLOSED, "everyone still here had answered")
     return round, ()
 
@@ -380,13 +407,8 @@ def _cancel(round: Round, why: str, spared: AbstractSet[str] = frozenset()) -> S
 
 
 def _missing(round: Round) -> str:
-    """Why there is no quorum, client by client."""
-    told = "; ".join(
-        f"{part.client} {part.state.value}" + (f" ({part.reason})" if part.reason else "")
-        for part in round.parts.values()
-        if part.state is not PartState.ACCEPTED
-    )
-    return f"quorum of {round.quorum} missed with {round.count(PartState.ACCEPTED)} accepted: {told}"
+    """Why there is no quorum."""
+    return f"quorum of {round.quorum} missed with {round.count(PartState.ACCEPTED)} accepted: {outstanding(round)}"
 
 
 def _with(round: Round, part: Part) -> Round:

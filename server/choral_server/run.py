@@ -104,8 +104,10 @@ class Run:
         self._point()  # the earlier process may have ended before it did
 
     async def save(self, at: Transition | None = None, others: Iterable[Record] = (), **changes: Any) -> None:
-        """Store the record with these changes, and other records in the same commit."""
+        """Store the record with these changes, and other records in the same commit. A run that is over stays so."""
         async with self._changing:
+            if self.over:
+                changes = {name: value for name, value in changes.items() if name not in ("state", "reason")}
             record = replace(self.record, **changes)
             if replace(record, next_round_at=self.record.next_round_at) == self.record and not others:
                 self._store.tell(record)  # only what is true of the moment differs
@@ -185,7 +187,9 @@ class Run:
     async def settle(self, closed: Round, aggregate: Aggregate, now: datetime) -> Round:
         """Use what a closed round collected: publish its version, if it makes one, and what clients measured; in one commit."""
         accepted = [part for part in closed.parts.values() if part.state is PartState.ACCEPTED]
-        progress, before = self._judged("clients", weighted_mean(metric for part in accepted for metric in part.held_out))
+        cap = self.settings.weight_cap
+        held_out = [replace(m, examples=min(m.examples, cap)) for part in accepted for m in part.held_out]
+        progress, before = self._judged("clients", weighted_mean(held_out))
         done = published(closed)
         if aggregate is None:
             await self._commit(lambda record: replace(record, progress=progress), Transition.VERSION_PUBLISHED, before, done)
@@ -209,14 +213,21 @@ class Run:
 
     async def roll_back(self, number: int, now: datetime) -> None:
         """Publish the weights and the optimizer state of version `number` as the newest. Raises UnknownVersion."""
-        if await self._store.version(self.record.name, number) is None:
+        known = await self._store.version(self.record.name, number)
+        if known is None:
             raise UnknownVersion(f"run {self.record.name} has no version {number}: `choral versions list` shows those there are")
+        await self.checkpoints.fetch(number, known.version)
         await self._load(number)
         new = self.record.latest + 1
         event = EventRecord(now, "rolled back", f"the model is again that of version {number}, as version {new}", self.record.name)
         measured = self.record.has_statistics and self.model.standardizes  # or the version is from before they were measured
         made = Made(self._content(new), self._state)
-        await self._publish(made, lambda record: replace(record, has_statistics=measured), now, event)
+        await self._publish(
+            made,
+            lambda record: replace(record, has_statistics=measured, progress=replace(record.progress, stale=0)),
+            now,
+            event,
+        )
 
     @property
     def has_test_set(self) -> bool:

@@ -10,7 +10,16 @@ from typing import Any
 import grpc
 import structlog
 from choral import wire
-from choral.errors import ChoralError, CorruptTransfer, InvalidMessage, UnknownVersion, Unreachable, UpdateRefused
+from choral.errors import (
+    ArtifactsGone,
+    ChoralError,
+    ConfigError,
+    CorruptTransfer,
+    InvalidMessage,
+    UnknownVersion,
+    Unreachable,
+    UpdateRefused,
+)
 from choral.messages import Heartbeat, Hello, Receipt, Status, UploadHeader, Verdict
 from choral.status import abort
 from choral.v1 import federation_pb2 as pb
@@ -61,10 +70,16 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.DownloadResponse]:
         """Send a checkpoint file's bytes as they lie."""
-        path = self._coordinator.run.checkpoints.path(request.version)
+        run = self._coordinator.run
         try:
+            if request.version == run.version.number:
+                path = await run.checkpoints.fetch(request.version)  # from the artifact store, should the copy here be lost
+            else:
+                path = run.checkpoints.path(request.version)
             file = path.open("rb")
-        except FileNotFoundError:
+        except ArtifactsGone as error:
+            await abort(context, error)
+        except (ConfigError, FileNotFoundError):
             await abort(context, UnknownVersion(f"version {request.version} is not kept any more: ask for the one announced last"))
         with file:
             size = path.stat().st_size
@@ -82,7 +97,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
     async def Upload(self, requests: AsyncIterator[pb.UploadRequest], context: Context) -> pb.UploadResponse:
         """Take in one result and answer with its receipt."""
         try:
-            first = await anext(requests, None)
+            first = await _next(requests, self._coordinator.run.settings.stall_s)
             if first is None or first.WhichOneof("message") != "header":
                 raise InvalidMessage("an upload begins with its header")
             return wire.receipt_to_pb(await self._take(wire.header_from_pb(first.header), requests))
@@ -130,7 +145,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                     case Hello():
                         raise InvalidMessage("a second hello on one stream")
         except TimeoutError:
-            raise InvalidMessage(f"nothing heard for {self._silence_s:g} s; heartbeats are due three times as often") from None
+            # not the client's fault if a machine was suspended, its own or ours: it may come back
+            raise Unreachable(f"nothing heard for {self._silence_s:g} s; heartbeats are due three times as often") from None
         finally:
             session.close()
 
@@ -147,6 +163,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 collection.spool.discard(path)
                 collection.reject(header, str(error))
                 raise
+            except FileNotFoundError as error:
+                raise CorruptTransfer("another attempt to send this result was faster: ask what became of it") from error
         except UpdateRefused as error:
             return Receipt(Verdict.REFUSED, str(error))
         finally:

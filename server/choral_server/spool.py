@@ -21,10 +21,11 @@ from choral_server import failpoints
 from choral_server.failpoints import Step
 from choral_server.intake import digest_of
 from choral_server.offload import offload
-from choral_server.rounds import Part, PartState, Round
+from choral_server.rounds import OPEN_PARTS, Part, PartState, Round
 from choral_server.troubles import Troubles
 
 DISK = "disk"
+_PROBE_BYTES = 64 << 10
 
 
 class RoundSpool:
@@ -33,7 +34,7 @@ class RoundSpool:
     def __init__(self, folder: Path, troubles: Troubles) -> None:
         self._folder = folder
         self._troubles = troubles
-        self._writers: dict[Path, object] = {}
+        self._writers: dict[str, object] = {}
 
     @property
     def sum_path(self) -> Path:
@@ -46,18 +47,23 @@ class RoundSpool:
 
     def held(self, header: UploadHeader) -> int:
         """How many bytes of this upload arrived in an earlier attempt."""
+        if self.path(header.client, header.digest).exists():
+            return header.payload_bytes
         part = self._part(header)
         return min(part.stat().st_size, header.payload_bytes) if part.exists() else 0
 
     async def store(self, header: UploadHeader, pieces: AsyncIterator[bytes]) -> Path:
         """Write the pieces behind the first `header.offset` bytes; the path of the whole upload, durable and verified.
 
+        A client has one attempt at a time; a new one takes over.
         Raises CorruptTransfer: another number of bytes came than announced, they are not those announced, or another attempt took
         over; OutOfSpace: they cannot be written. What was verified stays for the next attempt, unless the whole is something else.
         """
         path, part, me = self.path(header.client, header.digest), self._part(header), object()
-        self._writers[part] = me
+        self._writers[header.client] = me
         try:
+            if header.offset == header.payload_bytes and path.exists():  # only the answer was lost
+                return path
             self._folder.mkdir(parents=True, exist_ok=True)
             self._drop_other_parts(part, header.client)
             with part.open("ab", buffering=0) as file:
@@ -69,13 +75,17 @@ class RoundSpool:
                     )
                 file.truncate(received)
                 async for piece in pieces:
-                    if self._writers.get(part) is not me:
-                        raise CorruptTransfer("another attempt to send this result took over")
+                    self._must_be_latest(header.client, me)
                     received += _write(file.fileno(), piece)
                 if received != header.payload_bytes:
                     raise CorruptTransfer(f"{received} bytes arrived where {header.payload_bytes} were announced: send the rest")
-                await offload(received, _finish, part, header.digest)
-                os.fsync(file.fileno())
+                digest = await offload(received, _finish, file.fileno(), part)
+            self._must_be_latest(header.client, me)  # or the file is being written again
+            if digest != header.digest:
+                part.unlink()
+                raise CorruptTransfer(
+                    "the result arrived whole, but not with the digest that was announced: send it again from the start"
+                )
             part.replace(path)
             sync_folder(self._folder)
         except FileNotFoundError as error:
@@ -87,19 +97,32 @@ class RoundSpool:
                 f"the coordinator cannot store the result now: {reason}; it is taken as soon as that is mended"
             ) from error
         finally:
-            if self._writers.get(part) is me:
-                del self._writers[part]
+            if self._writers.get(header.client) is me:
+                del self._writers[header.client]
         self._troubles.over(DISK)
         failpoints.reach(Step.UPLOAD_SPOOLED.value)
         return path
 
-    def missing(self, parts: Iterable[Part]) -> list[str]:
-        """The clients of those accepted parts whose uploads are not here."""
-        return [part.client for part in parts if not self.path(part.client, part.digest).exists()]
+    async def holds(self, part: Part, size_bytes: int) -> bool:
+        """Whether the upload of an accepted part, of about `size_bytes`, is here as it was accepted."""
+        path = self.path(part.client, part.digest)
+        return path.exists() and await offload(size_bytes, digest_of, path) == part.digest
+
+    def probe(self) -> None:
+        """Look whether the disk takes something again, and say so."""
+        probe = self._folder / ".probe"
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(bytes(_PROBE_BYTES))
+            self._troubles.over(DISK)
+        probe.unlink(missing_ok=True)
 
     def keep(self, parts: Iterable[Part]) -> None:
-        """Delete what no one of these accepted parts needs and no client can go on with."""
-        wanted = {self.path(part.client, part.digest) for part in parts} | {self.sum_path}
+        """Delete what no one of these parts, accepted or open, needs and no client can go on with."""
+        wanted = {self.sum_path}
+        for part in parts:
+            accepted = part.state is PartState.ACCEPTED
+            wanted |= {self.path(part.client, part.digest)} if accepted else set(self._uploads_of(part.client))
         if self._folder.exists():
             remove_leftovers(self._folder)
             for path in set(self._folder.iterdir()) - wanted - set(self._folder.glob("*.part")):
@@ -130,6 +153,13 @@ class RoundSpool:
     def _part(self, header: UploadHeader) -> Path:
         return self.path(header.client, header.digest).with_suffix(".part")
 
+    def _uploads_of(self, client: str) -> Iterable[Path]:
+        return self._folder.glob(f"{client}.{'?' * 16}.upload")
+
+    def _must_be_latest(self, client: str, attempt: object) -> None:
+        if self._writers.get(client) is not attempt:
+            raise CorruptTransfer("another attempt to send this result took over")
+
     def _drop_other_parts(self, part: Path, client: str) -> None:
         """A result has one payload: what came before with another digest is not gone on with."""
         for other in self._folder.glob(f"{client}.{'?' * 16}.part"):
@@ -155,8 +185,8 @@ class Spool:
                 if unfinished is None or (run.name, folder.name) != (unfinished.run, str(unfinished.number)):
                     shutil.rmtree(folder, ignore_errors=True)
         if unfinished is not None:
-            accepted = [part for part in unfinished.parts.values() if part.state is PartState.ACCEPTED]
-            self.of(unfinished.run, unfinished.number).keep(accepted)
+            wanted = [part for part in unfinished.parts.values() if part.state in OPEN_PARTS | {PartState.ACCEPTED}]
+            self.of(unfinished.run, unfinished.number).keep(wanted)
 
 
 def _write(descriptor: int, piece: bytes) -> int:
@@ -166,8 +196,7 @@ def _write(descriptor: int, piece: bytes) -> int:
     return len(piece)
 
 
-def _finish(part: Path, digest: bytes) -> None:
-    """Raises CorruptTransfer, and drops the part: it is not what was announced."""
-    if digest_of(part) != digest:
-        part.unlink()
-        raise CorruptTransfer("the result arrived whole, but not with the digest that was announced: send it again from the start")
+def _finish(descriptor: int, part: Path) -> bytes:
+    """Make what was written durable; its SHA-256."""
+    os.fsync(descriptor)
+    return digest_of(part)

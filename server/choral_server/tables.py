@@ -103,6 +103,7 @@ RUNS = Table(
     Column("best_value", sa.Double),
     Column("stale", sa.BigInteger, nullable=False),
     Column("opened_at", Moment),
+    Column("nonce", Words, nullable=False),
 )
 
 ROUNDS = Table(
@@ -212,6 +213,7 @@ def run_to_row(record: RunRecord, place: int) -> Row:
         "best_value": record.progress.value,
         "stale": record.progress.stale,
         "opened_at": record.opened_at,
+        "nonce": record.nonce,
     }
 
 

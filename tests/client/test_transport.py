@@ -84,7 +84,7 @@ async def serving(**calls: Callable[..., Any]) -> AsyncIterator[int]:
 async def reaching(**calls: Callable[..., Any]) -> AsyncIterator[GrpcTransport]:
     """A transport to a server with these calls."""
     async with serving(**calls) as port:
-        transport = GrpcTransport(f"127.0.0.1:{port}", None)
+        transport = GrpcTransport(f"127.0.0.1:{port}", None, "alice")
         try:
             yield transport
         finally:
@@ -96,7 +96,7 @@ async def reaching_over(proxy: Proxy, stall_s: float = PATIENCE_S, **calls: Call
     """The same over a bad link."""
     async with serving(**calls) as port:
         proxy.target = port
-        transport = GrpcTransport(proxy.address, None, stall_s)
+        transport = GrpcTransport(proxy.address, None, "alice", stall_s)
         try:
             yield transport
         finally:
@@ -347,7 +347,7 @@ async def test_a_receipt_that_never_comes_is_given_up() -> None:
         raise AssertionError
 
     async with serving(Upload=upload) as port:
-        transport = GrpcTransport(f"127.0.0.1:{port}", None, stall_s=0.1)
+        transport = GrpcTransport(f"127.0.0.1:{port}", None, "alice", stall_s=0.1)
         with pytest.raises(Unreachable, match=r"has stood still for 0\.4 s"):
             await transport.upload(HEADER, memoryview(CONTENT))
         await transport.close()
@@ -398,7 +398,7 @@ async def test_errors_keep_their_names() -> None:
 async def test_nobody_there() -> None:
     async with reaching() as transport:
         address = transport._address
-    transport = GrpcTransport(address, None)
+    transport = GrpcTransport(address, None, "alice")
     with pytest.raises(Unreachable, match=f"no coordinator answers at {address}"):
         async with asyncio.timeout(PATIENCE_S), transport.attend(HELLO) as stream:
             await anext(stream.heard())

@@ -86,12 +86,12 @@ async def test_an_error_without_a_message_still_says_its_name(failing: tuple[Fai
     assert str(error) == "NameTaken"
 
 
-async def test_a_crash_on_the_other_side_is_no_refusal(failing: tuple[Failing, str]) -> None:
+async def test_a_crash_on_the_other_side_is_no_refusal_and_worth_another_try(failing: tuple[Failing, str]) -> None:
     servicer, address = failing
     servicer.error = ZeroDivisionError("division by zero")
     error = await _raised(address, _upload)
-    assert type(error) is ChoralError
-    assert str(error).startswith(f"the coordinator at {address} failed: UNKNOWN")
+    assert type(error) is Unreachable
+    assert str(error).startswith(f"no coordinator answers at {address} (")
 
 
 async def test_nobody_there_is_worth_another_try() -> None:

@@ -62,9 +62,13 @@ class Floor:
             if isinstance(message, kind):
                 return message
 
+    def id_of(self, client: str) -> str:
+        """The name of its part in the first round."""
+        return assignment_id(self.run.record, 0, client)
+
     async def asked(self, *clients: str, quorum: int = 1) -> Collection:
         """A training round of these clients, committed and not yet announced; all of their results are wanted."""
-        parts = {assignment_id(self.run.record.name, 0, client): client for client in clients}
+        parts = {self.id_of(client): client for client in clients}
         opened = Round(
             self.run.record.name,
             0,
@@ -105,7 +109,7 @@ async def upload(collection: Collection, client: str, change: np.ndarray[Any, An
 def header_of(
     collection: Collection, client: str, payload_bytes: int = 12, digest: bytes = b"", examples: int = 10
 ) -> UploadHeader:
-    assignment = assignment_id(collection.round.run, collection.round.number, client)
+    assignment = assignment_id(collection.run.record, collection.round.number, client)
     return UploadHeader(assignment, client, examples, Kind.TRAINING, payload_bytes, (), (), digest)
 
 
@@ -132,7 +136,7 @@ async def test_all_who_are_asked_hear_of_their_part_and_count(home: Home) -> Non
     collection = await here.asked("alice", "bob")
     collecting = here.begin(collection)
     for client in ("alice", "bob"):
-        assert (await here.hears(client, Assignment)).id == f"run/0/{client}"
+        assert (await here.hears(client, Assignment)).id == here.id_of(client)
     assert await sends(collection, "alice", "bob") == [Verdict.ACCEPTED] * 2
     assert states(await collecting) == {"alice": "accepted", "bob": "accepted"}
     assert isinstance(collection.aggregate, WeightedSum)
@@ -148,9 +152,9 @@ async def test_who_attends_before_a_round_is_taken_up_is_asked(home: Home) -> No
     collection = here.taken_up(stored)
     await collection.restore()
     collecting = here.begin(collection)
-    assert (await here.hears("alice", Assignment)).id == "run/0/alice"
+    assert (await here.hears("alice", Assignment)).id == here.id_of("alice")
     here.join("bob")
-    assert (await here.hears("bob", Assignment)).id == "run/0/bob"
+    assert (await here.hears("bob", Assignment)).id == here.id_of("bob")
     await sends(collection, "alice", "bob")
     await collecting
 
@@ -161,7 +165,7 @@ async def test_who_left_while_the_round_was_stored_is_replaced(home: Home) -> No
     collection = await here.asked("alice", "bob")
     here.leave("bob")  # nobody minds the new round yet
     collecting = here.begin(collection)
-    assert (await here.hears("carol", Assignment)).id == "run/0/carol"
+    assert (await here.hears("carol", Assignment)).id == here.id_of("carol")
     await sends(collection, "alice", "carol")
     assert states(await collecting) == {"alice": "accepted", "bob": "cancelled", "carol": "accepted"}
 
@@ -184,7 +188,7 @@ async def test_who_comes_back_in_time_is_not_replaced(home: Home) -> None:
     await here.hears("bob", Assignment)
     here.leave("bob")
     here.join("bob")
-    assert (await here.hears("bob", Assignment)).id == "run/0/bob"
+    assert (await here.hears("bob", Assignment)).id == here.id_of("bob")
     await sends(collection, "alice", "bob")
     assert set(states(await collecting)) == {"alice", "bob"}
 
@@ -193,10 +197,57 @@ async def test_who_declines_is_replaced_at_once(home: Home) -> None:
     here = await floor(home, absence_s=LONG_S)
     here.join("alice", "bob", "carol")
     collecting = here.begin(collection := await here.asked("alice", "bob"))
-    collection.reported("bob", Status("run/0/bob", Phase.DECLINED, "no time"))
+    collection.reported("bob", Status(here.id_of("bob"), Phase.DECLINED, "no time"))
     await here.hears("carol", Assignment)
     await sends(collection, "alice", "carol")
     assert states(await collecting) == {"alice": "accepted", "bob": "declined", "carol": "accepted"}
+
+
+@pytest.mark.parametrize("how", ["declines", "is refused"])
+async def test_a_replacement_saves_a_round_that_its_quorum_would_end(home: Home, how: str) -> None:
+    here = await floor(home)
+    here.join("alice", "bob", "carol")
+    collecting = here.begin(collection := await here.asked("alice", "bob", quorum=2))
+    if how == "declines":
+        collection.reported("bob", Status(here.id_of("bob"), Phase.DECLINED, "no time"))
+    else:
+        collection.reject(header_of(collection, "bob"), "it holds NaN")
+    await here.hears("carol", Assignment)
+    await sends(collection, "alice", "carol")
+    assert (await collecting).state is RoundState.CLOSED
+
+
+async def test_who_is_away_for_a_moment_is_waited_for_though_there_is_a_quorum(home: Home) -> None:
+    here = await floor(home, absence_s=LONG_S)
+    here.join("alice", "bob")
+    collecting = here.begin(collection := await here.asked("alice", "bob"))
+    await here.hears("bob", Assignment)
+    here.leave("bob")
+    await sends(collection, "alice")
+    here.join("bob")
+    await here.hears("bob", Assignment)
+    await sends(collection, "bob")
+    assert states(await collecting) == {"alice": "accepted", "bob": "accepted"}
+
+
+async def test_who_is_away_for_long_is_not_waited_for_if_there_is_a_quorum(home: Home) -> None:
+    here = await floor(home, absence_s=SHORT_S)
+    here.join("alice", "bob")
+    collecting = here.begin(collection := await here.asked("alice", "bob"))
+    here.leave("bob")
+    await sends(collection, "alice")
+    assert states(await collecting) == {"alice": "accepted", "bob": "cancelled"}
+
+
+async def test_who_is_quarantined_within_a_round_is_told_and_replaced(home: Home) -> None:
+    here = await floor(home)
+    here.join("alice", "bob", "carol")
+    collecting = here.begin(collection := await here.asked("alice", "bob", quorum=2))
+    await here.attendance.quarantine("bob", "stolen")
+    assert (await here.hears("bob", Cancel)).reason == "it is quarantined: stolen"
+    await here.hears("carol", Assignment)
+    await sends(collection, "alice", "carol")
+    assert states(await collecting) == {"alice": "accepted", "bob": "refused", "carol": "accepted"}
 
 
 async def test_nobody_is_asked_in_the_second_half_of_the_time(home: Home) -> None:
@@ -277,12 +328,36 @@ async def test_a_deadline_is_moved_only_so_far(home: Home) -> None:
 async def test_no_deadline_passes_while_the_coordinator_is_in_trouble(home: Home) -> None:
     here = await floor(home, deadline_s=SHORT_S)
     here.join("alice", "bob")
-    home.troubles.found("disk", "full")
+    home.troubles.found("artifacts", "gone")
     collecting = here.begin(collection := await here.asked("alice", "bob"))
+    await sends(collection, "alice")
     await asyncio.wait({collecting}, timeout=10 * SHORT_S)
     assert not collecting.done()
-    assert await sends(collection, "alice") == [Verdict.ACCEPTED]  # the disk takes something again: the trouble is over
+    home.troubles.over("artifacts")
     assert states(await collecting) == {"alice": "accepted", "bob": "cancelled"}
+
+
+async def test_time_in_trouble_is_not_the_clients_time(home: Home) -> None:
+    here = await floor(home, deadline_s=SHORT_S)
+    here.join("alice", "bob")
+    home.troubles.found("artifacts", "gone")
+    collecting = here.begin(collection := await here.asked("alice", "bob"))
+    await asyncio.wait({collecting}, timeout=3 * SHORT_S)
+    home.troubles.over("artifacts")
+    await asyncio.wait({collecting}, timeout=3 * SHORT_S)  # the deadline has passed, but not for them
+    assert not collecting.done()
+    assert await sends(collection, "alice", "bob") == [Verdict.ACCEPTED] * 2
+    await collecting
+
+
+async def test_a_disk_that_nobody_writes_to_is_looked_at(home: Home) -> None:
+    here = await floor(home, deadline_s=SHORT_S)
+    here.join("alice", "bob")
+    collecting = here.begin(collection := await here.asked("alice", "bob"))
+    await sends(collection, "alice")
+    home.troubles.found("disk", "full")  # it was; bob hangs, so that nobody finds out that it is not any more
+    assert states(await collecting) == {"alice": "accepted", "bob": "cancelled"}
+    assert home.troubles.present == {}
 
 
 # What counts
@@ -324,7 +399,7 @@ async def test_what_is_in_the_sum_does_not_fill_the_disk(home: Home) -> None:
     here.join("alice", "bob", "carol")
     collecting = here.begin(collection := await here.asked("alice", "bob", "carol"))
     await sends(collection, "alice", "bob")
-    collection.reported("carol", Status("run/0/carol", Phase.DECLINED, "no"))
+    collection.reported("carol", Status(here.id_of("carol"), Phase.DECLINED, "no"))
     await collecting
     assert {path.name for path in collection.spool.sum_path.parent.iterdir()} == {"sum"}
 
@@ -351,9 +426,9 @@ async def test_what_was_accepted_counts_once_after_a_restart(home: Home, spool_b
     collection = here.taken_up(await stopped_after(here, "alice", "bob"))
     await collection.restore()
     assert isinstance(collection.aggregate, WeightedSum)
-    assert collection.aggregate.contained == {"run/0/alice", "run/0/bob"}
+    assert collection.aggregate.contained == {here.id_of("alice"), here.id_of("bob")}
     assert collection.aggregate.mean().tolist() == (CHANGE * 4).tolist()  # 5 and 3 letters, of equal weight
-    assert collection.round.part_of("carol") == Part("run/0/carol", "carol", PartState.ABSENT, "the coordinator restarted")
+    assert collection.round.part_of("carol") == Part(here.id_of("carol"), "carol", PartState.ABSENT, "the coordinator restarted")
 
 
 async def test_an_accepted_result_that_is_gone_is_named(home: Home) -> None:
@@ -362,7 +437,17 @@ async def test_an_accepted_result_that_is_gone_is_named(home: Home) -> None:
     part = collection.round.part_of("bob")
     assert part is not None
     collection.spool.path("bob", part.digest).unlink()
-    with pytest.raises(UpdateRefused, match="the accepted results of bob are not in the spool any more"):
+    with pytest.raises(UpdateRefused, match="the accepted result of bob is not in the spool any more, or damaged"):
+        await collection.restore()
+
+
+async def test_an_accepted_result_that_is_damaged_is_named(home: Home) -> None:
+    here = await floor(home)
+    collection = here.taken_up(await stopped_after(here, "alice", "bob"))
+    part = collection.round.part_of("bob")
+    assert part is not None
+    damage(collection.spool.path("bob", part.digest))
+    with pytest.raises(UpdateRefused, match="the accepted result of bob is not in the spool any more, or damaged"):
         await collection.restore()
 
 

@@ -27,8 +27,8 @@ def test_how_long_a_payload_is() -> None:
 
 def test_an_admissible_header_passes() -> None:
     for examples in (1, 202, MAX_EXAMPLES):
-        check_header(replace(HEADER, examples=examples), Kind.TRAINING, 4000)
-    check_header(replace(HEADER, held_out=()), Kind.TRAINING, 4000)
+        check_header(replace(HEADER, examples=examples), Kind.TRAINING, 4000, ("loss", "mse"))
+    check_header(replace(HEADER, held_out=()), Kind.TRAINING, 4000, ("loss", "mse"))
 
 
 @pytest.mark.parametrize(
@@ -40,13 +40,27 @@ def test_an_admissible_header_passes() -> None:
         ({"examples": 0}, f"alice claims 0 examples; 1 to {MAX_EXAMPLES} are allowed"),
         ({"examples": -5}, f"alice claims -5 examples; 1 to {MAX_EXAMPLES} are allowed"),
         ({"examples": MAX_EXAMPLES + 1}, f"alice claims {MAX_EXAMPLES + 1} examples"),
-        ({"held_out": (Metric("loss", 0.5, 20), Metric("mse", 0.5, 0))}, "alice measured mse on 0 examples; at least 1 is needed"),
+        (
+            {"held_out": (Metric("loss", 0.5, 20), Metric("mse", 0.5, 0))},
+            "alice measured mse on 0 examples; 1 to 1099511627776 are allowed",
+        ),
         ({"held_out": (Metric("loss", 0.5, -20),)}, "alice measured loss on -20 examples"),
+        ({"held_out": (Metric("loss", math.nan, 20),)}, "alice measured loss = nan; at most 1e+30 is allowed"),
+        ({"held_out": (Metric("loss", -math.inf, 20),)}, "alice measured loss = -inf; at most 1e+30 is allowed"),
+        ({"held_out": (Metric("loss", -1e300, 20),)}, "alice measured loss = -1e+300; at most 1e+30 is allowed"),
+        (
+            {"held_out": (Metric("loss", 1.0, 20),) * 2},
+            "alice measured 'loss', which was not asked for, or twice; the task has",
+        ),
+        ({"held_out": (Metric("accuracy", 1.0, 20),)}, "alice measured 'accuracy', which was not asked for, or twice"),
+        ({"work": (Metric("train_s", math.inf, 20),)}, "alice measured train_s = inf; at most 1e+30 is allowed"),
+        ({"work": (Metric("x" * 65, 1.0, 20),)}, f"alice measured '{'x' * 64}', which was not asked for"),
+        ({"work": tuple(Metric(str(number), 1.0, 20) for number in range(33))}, "alice measured '32', which was not asked for"),
     ],
 )
 def test_a_header_is_refused_before_a_byte_is_stored(change: dict[str, object], told: str) -> None:
     with pytest.raises(UpdateRefused) as refused:
-        check_header(replace(HEADER, **change), Kind.TRAINING, 4000)  # type: ignore[arg-type]
+        check_header(replace(HEADER, **change), Kind.TRAINING, 4000, ("loss", "mse"))  # type: ignore[arg-type]
     assert str(refused.value).startswith(told)
 
 

@@ -25,6 +25,7 @@ from choral_server.rounds import (
     Extend,
     Fold,
     Left,
+    Overdue,
     Part,
     PartState,
     Recruited,
@@ -101,6 +102,7 @@ EVENTS: dict[str, Event] = {
     "arrived": arrived("alice"),
     "rejected": Rejected(id_of("alice"), "it holds NaN"),
     "left": Left("alice"),
+    "overdue": Overdue("alice"),
     "returned": Returned("alice"),
     "recruited": Recruited(Part(id_of("alice"), "alice")),
     "extended": DeadlinePassed(60.0, frozenset({id_of("alice")})),
@@ -110,16 +112,17 @@ EVENTS: dict[str, Event] = {
 
 # A dot: the part does not change.
 TABLE = """
-            downloading working uploading declined arrived  rejected left   returned  recruited extended deadline  stopped
-announced   downloading working uploading declined accepted refused  absent .         .         .        cancelled cancelled
-downloading .           working uploading declined accepted refused  absent announced .         .        cancelled cancelled
-working     downloading .       uploading declined accepted refused  absent announced .         .        cancelled cancelled
-uploading   downloading working .         declined accepted refused  absent announced .         .        cancelled cancelled
-absent      downloading working uploading declined accepted refused  .      announced .         .        cancelled cancelled
-accepted    .           .       .         .        .        .        .      .         .         .        .         .
-declined    .           .       .         .        .        .        .      .         .         .        .         .
-refused     .           .       .         .        .        .        .      .         .         .        .         .
-cancelled   .           .       .         .        .        .        .      .         .         .        .         .
+            downloading working uploading declined arrived  rejected left   overdue returned  recruited extended deadline  stopped
+announced   downloading working uploading declined accepted refused  absent .       .         .         .        cancelled cancelled
+downloading .           working uploading declined accepted refused  absent .       announced .         .        cancelled cancelled
+working     downloading .       uploading declined accepted refused  absent .       announced .         .        cancelled cancelled
+uploading   downloading working .         declined accepted refused  absent .       announced .         .        cancelled cancelled
+absent      downloading working uploading declined accepted refused  .      gone    announced .         .        cancelled cancelled
+gone        downloading working uploading declined accepted refused  .      .       announced .         .        cancelled cancelled
+accepted    .           .       .         .        .        .        .      .       .         .         .        .         .
+declined    .           .       .         .        .        .        .      .       .         .         .        .         .
+refused     .           .       .         .        .        .        .      .       .         .         .        .         .
+cancelled   .           .       .         .        .        .        .      .       .         .         .        .         .
 """
 
 
@@ -268,8 +271,17 @@ SCENARIOS = {
     "a quorum before the deadline waits for those at work": Scenario(
         "alice bob carol", 3, 2, [arrived("alice"), arrived("carol")], OPEN, "", "accepted announced accepted"
     ),
-    "a quorum is enough once nobody is at work": Scenario(
-        "alice bob carol", 3, 2, [arrived("alice"), arrived("carol"), Left("bob")], CLOSED, "", "accepted cancelled accepted"
+    "one who left may be back in a moment": Scenario(
+        "alice bob carol", 3, 2, [arrived("alice"), arrived("carol"), Left("bob")], OPEN, "", "accepted absent accepted"
+    ),
+    "a quorum is enough once nobody is waited for": Scenario(
+        "alice bob carol",
+        3,
+        2,
+        [arrived("alice"), arrived("carol"), Left("bob"), Overdue("bob")],
+        CLOSED,
+        "",
+        "accepted cancelled accepted",
     ),
     "a quorum is enough once the last has declined": Scenario(
         "alice bob carol",
@@ -532,6 +544,7 @@ ANY_EVENT = st.one_of(
     st.builds(arrived, ANYONE),  # again, so that many rounds reach their goal
     st.builds(lambda client: Rejected(id_of(client), "it holds NaN"), ANYONE),
     st.builds(Left, ANYONE),
+    st.builds(Overdue, ANYONE),
     st.builds(Returned, ANYONE),
     st.builds(recruited, ANYONE),
     st.builds(lambda clients: DeadlinePassed(30.0, frozenset(map(id_of, clients))), st.sets(ANYONE)),
@@ -630,6 +643,9 @@ def concerns_nobody(round: Round, event: Event) -> bool:
             part = round.parts.get(assignment)
         case Left(client) | Returned(client):
             part = round.part_of(client)
+        case Overdue(client):
+            part = round.part_of(client)
+            return part is None or part.state is not PartState.ABSENT
         case Recruited(recruit):
             return recruit.assignment in round.parts
         case Arrived(arriving):

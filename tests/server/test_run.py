@@ -108,7 +108,7 @@ def named(run: Run, name: str) -> Path:
 
 async def test_a_new_run_begins_with_the_tasks_weights(home: Home) -> None:
     run = await home.open(config({"name": "june", "seed": 7}))
-    assert run.record == RunRecord("june", "plane", "1", 3, NOON)
+    assert run.record == RunRecord("june", "plane", "1", 3, NOON, nonce=run.record.nonce)
     assert run.version.number == 0
     path = home.folder / "runs/june/versions/000000.safetensors"
     expected = PLAIN.initial_model(7).state_dict()
@@ -625,7 +625,7 @@ async def test_further_runs_are_numbered_and_the_newest_is_resumed(home: Home) -
     await (await home.open(settings)).save(state=RunState.STOPPED)
     for name in ("june-2", "june-3"):
         run = await home.runs(settings).further(NOON, 0, None)
-        assert run.record == RunRecord(name, "plane", "1", 3, NOON)
+        assert run.record == RunRecord(name, "plane", "1", 3, NOON, nonce=run.record.nonce)
         assert run.version.number == 0
         await run.save(state=RunState.STOPPED)
     await trained(run, home)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import secrets
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -190,17 +191,9 @@ class _Restoration:
             return row | {"checkpoint": self._artifacts.location(KeptVersion(row["run"], row["number"], b"", 0).weights)}
         if table is RUNS:
             waiting = {"state": RunState.WAITING.value, "reason": ""} if row["state"] == RunState.IN_ROUND.value else {}
-            return row | waiting | {"next_round": self._next_round(row["next_round"])}
+            # Clients may be at parts, and have results, of rounds that the backup does not know, and whose numbers are given again.
+            return row | waiting | {"nonce": secrets.token_hex(4)}
         return row
-
-    def _next_round(self, number: int) -> int:
-        """Which number the next round gets: one that no round has had since the backup was taken.
-
-        A part is known by its run, round and client. Clients may still be at parts, and have results, of rounds of which the backup
-        knows nothing; were the numbers given again, such a result would be taken for one that starts from another version. (A run
-        without any round keeps its 0, which says that it is still to wait for `start_with` clients.)
-        """
-        return max(number, int(self._now.timestamp())) if number else 0
 
 
 @dataclass

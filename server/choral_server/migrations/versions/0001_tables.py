@@ -30,6 +30,7 @@ def upgrade() -> None:
         sa.Column("best_value", sa.Double),
         sa.Column("stale", sa.BigInteger, nullable=False),
         sa.Column("opened_at", moment),
+        sa.Column("nonce", sa.Text, nullable=False),
         sa.PrimaryKeyConstraint("name", name="pk_runs"),
     )
     op.create_table(

@@ -1,0 +1,207 @@
+"""What the benchmarks share: a federation of real processes, started as users start them, over TLS on loopback.
+
+With it the tests' own tools can be imported: the bad link (`proxy`) and the PostgreSQL server (`server.databases`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import yaml
+from choral.errors import ChoralError, Unreachable
+from choral.plan import Kind
+from choral.v1 import admin_pb2 as pb
+from choral.wire import KINDS
+from choral_deploy.operator import Operator
+from choral_deploy.processes import Child, Children, started
+from choral_server.trust import make_authority
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "tests"))  # not installed: like the benchmarks, they are for those who work on Choral
+
+Times = np.ndarray[tuple[int], np.dtype[np.float64]]
+_CLI = "choral_deploy.cli"
+_TRAINING = KINDS[Kind.TRAINING]
+_INTERRUPTED = 130  # the exit code after Ctrl-C
+
+
+class Federation:
+    """A coordinator and its clients, in a folder. All hold the same shard."""
+
+    def __init__(self, folder: Path, task: str, children: Children, processes: asyncio.TaskGroup) -> None:
+        self.clients: list[Child] = []
+        self.address = ""
+        self.operator = Operator(folder / "state" / "admin.sock")
+        self._folder = folder
+        self._task = task
+        self._children = children
+        self._processes = processes
+
+    async def start_coordinator(self) -> None:
+        """Start it and wait until it is ready."""
+        ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def listen(line: str) -> None:
+            if not ready.done() and '"coordinator ready"' in line:
+                ready.set_result(json.loads(line)["address"])
+
+        arguments = ["server", "--config", self._folder / "choral.yaml", "--log-format", "json"]
+        coordinator = await self._start("coordinator", arguments, listen)
+        self._coordinator = self._processes.create_task(_succeed(coordinator))
+        self.address = await ready
+
+    async def start_clients(self, count: int, address: str = "") -> None:
+        """Start so many more; they reach the coordinator at its own address, if no other is given."""
+        for number in range(len(self.clients), len(self.clients) + count):
+            name = f"client-{number}"
+            options = {
+                "--name": name,
+                "--server": address or self.address,
+                "--task": self._task,
+                "--data": self._folder / "shard.csv",
+                "--ca": self._folder / "ca.pem",
+                "--state": self._folder / name,
+                "--holdout": 0,
+                "--threads": 1,
+                "--log-level": "warning",
+            }
+            client = await self._start(name, ["client", *(part for option in options.items() for part in option)])
+            self._processes.create_task(_succeed(client))
+            self.clients.append(client)
+
+    async def changes(self) -> AsyncGenerator[pb.Round, None]:
+        """Each change of a training round, until the coordinator ends. Raises ChoralError: a round was abandoned."""
+        try:
+            async with self.operator.stub() as admin:
+                async for change in admin.Watch(pb.WatchRequest()):
+                    if change.WhichOneof("change") != "round" or change.round.kind != _TRAINING:
+                        continue
+                    if change.round.state == pb.ROUND_STATE_ABANDONED:
+                        raise ChoralError(f"round {change.round.number} was abandoned: {change.round.reason}")
+                    yield change.round
+        except Unreachable:
+            await self._coordinator  # knows better why
+            raise
+        await self._coordinator
+
+    async def rounds(self) -> AsyncGenerator[pb.Round, None]:
+        """Each training round once it is done, until the coordinator ends."""
+        async with aclosing(self.changes()) as changes:
+            async for changed in changes:
+                if changed.state == pb.ROUND_STATE_DONE:
+                    yield changed
+
+    async def bare_call_s(self, calls: int = 300) -> float:
+        """Median seconds of a unary call over TLS to the coordinator: while it waits, this is what this machine can do."""
+        credentials = grpc.ssl_channel_credentials((self._folder / "ca.pem").read_bytes())
+        async with grpc.aio.secure_channel(self.address, credentials) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
+            taken = []
+            for _ in range(calls):
+                began = time.perf_counter()
+                await check(health_pb2.HealthCheckRequest())
+                taken.append(time.perf_counter() - began)
+        return float(np.median(taken))
+
+    async def _start(self, name: str, arguments: list[object], listen: Callable[[str], None] | None = None) -> Child:
+        return await self._children.start(name, [_CLI, *map(str, arguments)], self._folder / f"{name}.log", listen)
+
+
+@asynccontextmanager
+async def federation(task: str, run: Mapping[str, Any], rows: int = 2, **config: Any) -> AsyncIterator[Federation]:
+    """A coordinator that is ready for clients. Leaving the context waits for all processes, whose run must come to its end.
+
+    `run` and `config` are keys of the coordinator's configuration, `rows` is the length of the shard. Raises ChoralError: a process
+    failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="choral-") as name:
+        _prepare(Path(name), task, run, rows, config)
+        try:
+            async with started() as children, asyncio.TaskGroup() as processes:
+                made = Federation(Path(name), task, children, processes)
+                await made.start_coordinator()
+                yield made
+        except* ChoralError as failures:
+            raise failures.exceptions[0] from None
+
+
+def timings(series: Iterable[Sequence[pb.Round]]) -> tuple[Times, Times]:
+    """How long rounds took, and how long the cycles from one opening to the next, in ms; in a series they followed each other."""
+    found = list(series)
+    rounds = [done.duration_s for each in found for done in each]
+    cycles = [np.diff([done.opened_at.ToNanoseconds() / 1e9 for done in each]) for each in found]
+    return np.array(rounds) * 1000, np.concatenate(cycles) * 1000
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar of `total` steps on standard error, if that is a terminal; what it gives takes one step."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def tidily(main: Callable[[], None]) -> None:
+    """Run a benchmark. What has a name ends in one line; Ctrl-C and SIGTERM end the benchmark's processes first."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])  # of the tasks
+    try:
+        main()
+    except (ChoralError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """What reads such a number from the command line."""
+
+    def read(word: str) -> int:
+        if not word.isdecimal() or int(word) < least:
+            raise argparse.ArgumentTypeError(f"{word!r} is no number from {least} on")
+        return int(word)
+
+    return read
+
+
+def _prepare(folder: Path, task: str, run: Mapping[str, Any], rows: int, config: Mapping[str, Any]) -> None:
+    """Certificates, a configuration, and a shard."""
+    make_authority(folder, ["localhost", "127.0.0.1"])
+    (folder / "shard.csv").write_text("x,y\n" + "1.0,0.0\n" * rows)
+    content = {
+        "listen": "127.0.0.1:0",
+        "tls": {"certificate": "server.pem", "key": "server.key"},
+        "state": "state",
+        "task": task,
+        "run": {"keep_versions": 2, **run},
+        "evaluation": {"clients": False},
+        "exit_when_done": True,
+    }
+    (folder / "choral.yaml").write_text(yaml.safe_dump({**content, **config}))
+
+
+async def _succeed(child: Child) -> None:
+    """Wait for its end. Raises ChoralError with what it logged last: the log itself goes with its folder."""
+    try:
+        await child.succeed()
+    except ChoralError:
+        said = child.log.read_text(encoding="utf-8", errors="replace").splitlines() or ["it logged nothing"]
+        raise ChoralError(f"{child.name} failed: {said[-1]}") from None

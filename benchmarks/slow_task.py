@@ -1,0 +1,49 @@
+"""A task whose training takes CHORAL_TRAIN_S seconds and next to no CPU time, as if it trained on another machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+
+import torch
+from choral import Table, Task, Training
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+BATCHES = 10  # the rows of the shard; work that is not wanted any more ends after a batch, as any training does
+
+
+class Descent:
+    """All of an optimizer that is called; torch.optim's would spend two seconds of each process on importing torch's compiler."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
+        self._parameters, self._learning_rate = list(parameters), learning_rate
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Go down."""
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=self._learning_rate)
+
+
+def loss(prediction: Tensor, y: Tensor) -> Tensor:
+    """Mean squared error, after a while."""
+    time.sleep(float(os.environ["CHORAL_TRAIN_S"]) / BATCHES)
+    return mse_loss(prediction, y)
+
+
+task = Task(
+    name="slow",
+    model=lambda: nn.Linear(1, 1),
+    loss=loss,
+    load=Table(["x"], target="y"),
+    training=Training(epochs=1, batch_size=1, learning_rate=0.001),
+    optimizer=Descent,  # type: ignore[arg-type]
+)
