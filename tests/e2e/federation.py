@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -76,6 +77,14 @@ def loss(prediction, target):
 task = replace(small.task, name="gated", loss=loss)
 """
 """A client with GATE in its environment logs "at the gate" in its first batch and waits there until that file exists."""
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Look until it is so: for what nobody tells."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.01)
 
 
 class Process:

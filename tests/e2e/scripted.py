@@ -60,6 +60,11 @@ def delta(*values: float) -> bytes:
     return np.array(values, dtype="<f4").tobytes()
 
 
+def client_of(assignment: str) -> str:
+    """To whom an assignment, run/round/client/nonce, was given."""
+    return dict(enumerate(assignment.split("/"))).get(2, "")
+
+
 class Scripted:
     """An attendance. Whatever it says is said by the test."""
 
@@ -96,7 +101,7 @@ class Scripted:
 
     def header(self, assignment: str, **changes: Any) -> pb.UploadHeader:
         """The header of a good training result for the small task; `upload` fills in the digest of what it sends."""
-        said = {"assignment": assignment, "client": assignment.split("/")[-1], "examples": 10, "payload_bytes": 12}
+        said = {"assignment": assignment, "client": client_of(assignment), "examples": 10, "payload_bytes": 12}
         digest = hashlib.sha256(delta(1, 2, 3)).digest()
         return pb.UploadHeader(**said | {"payload": pb.PAYLOAD_KIND_DELTA, "digest": digest} | changes)
 

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from choral.v1 import federation_pb2 as pb
 from e2e import exact
-from e2e.federation import GATED_TASK, PATIENCE_S, Federation
+from e2e.federation import GATED_TASK, PATIENCE_S, Federation, until
 from e2e.scripted import Scripted, delta, hello, pieces, refusal
 from proxy import Proxy
 
@@ -19,12 +19,12 @@ def test_a_round_waits_for_no_one_who_hangs_if_more_were_asked(quick: Federation
     coordinator = quick.coordinator(run=run, evaluation={"clients": False}, heartbeat_s=600.0)
     clients = [quick.client(name) for name in ("alice", "bob")]
     with Scripted(quick, hello("carol")) as carol:  # attends, and does nothing ever
-        assert carol.hear("assignment").id == "run/0/carol"
+        part = carol.hear("assignment").id
         for number in range(5):
             assert coordinator.saw("round done", round=number)["accepted"] == 2
         assert [process.code() for process in (coordinator, *clients)] == [0, 0, 0]
         late = carol.hear("cancel")
-        assert (late.assignment, late.reason) == ("run/0/carol", "round 0 closed: the goal was reached")
+        assert (late.assignment, late.reason) == (part, "round 0 closed: the goal was reached")
     assert not coordinator.events("round abandoned")
 
 
@@ -36,6 +36,7 @@ def test_a_process_that_is_frozen_is_replaced_by_another(quick: Federation) -> N
     clients = {name: quick.client(name, task=task, environment=gate) for name in ("alice", "bob", "carol")}
     for name in clients:
         coordinator.saw("client attends", client=name)
+    until(lambda: bool(quick.rows("rounds", "list")))
     asked = [name for name in clients if name in part_of(quick)]
     assert len(asked) == 2
     frozen, other = asked
@@ -52,9 +53,8 @@ def test_a_process_that_is_frozen_is_replaced_by_another(quick: Federation) -> N
 
 def part_of(federation: Federation) -> set[str]:
     """Who is asked in the first round."""
-    while not (parts := federation.rows("rounds", "show", 0)):
-        continue
-    return {part["client"] for part in parts}
+    (first,) = federation.rows("rounds", "list")
+    return {part["client"] for part in first["parts"]}
 
 
 @pytest.mark.parametrize("how", ["the link breaks", "the client is killed too"])
