@@ -66,20 +66,15 @@ class WeightedSum:
         }
         write_durably(path, json.dumps(about).encode() + b"\n", content)
 
-    @classmethod
-    def load(cls, path: Path, size: int, weight_cap: int) -> WeightedSum:
-        """The sum as it was saved. Raises ValueError: the file is damaged, or of another model or weight cap."""
-        loaded = cls(size, weight_cap)
+    def load(self, path: Path) -> None:
+        """Take the sum as it was saved. Raises ValueError: the file is damaged, or of another model or weight cap."""
         with path.open("rb") as file:
             first = file.readline()
             found = np.fromfile(file, dtype="<i8")
         about = json.loads(first) if first.startswith(b"{") else {}
-        expected = {"size": size, "cap": weight_cap, "crc32": zlib.crc32(found.data.cast("B"))}
+        size, cap = self._sum.size, self._cap
+        expected = {"size": size, "cap": cap, "crc32": zlib.crc32(found.data.cast("B"))}
         if found.size != size or not expected.items() <= about.items():
-            raise ValueError(f"{path} is damaged, or not a sum of {size} elements with a weight cap of {weight_cap}")
-        loaded._sum, loaded._weight, loaded.contained = (
-            found.astype(np.int64, copy=False),
-            about["weight"],
-            frozenset(about["contained"]),
-        )
-        return loaded
+            raise ValueError(f"{path} is damaged, or not a sum of {size} elements with a weight cap of {cap}")
+        self._sum, self._weight = found.astype(np.int64, copy=False), about["weight"]
+        self.contained = frozenset(about["contained"])

@@ -14,11 +14,9 @@ from choral.messages import Assignment, Cancel, Phase, Receipt, Status, UploadHe
 from choral.metrics import LOSS
 from choral.plan import Kind, Plan, seed_for
 
-from choral_server import cohort, failpoints
-from choral_server.aggregate import WeightedSum
-from choral_server.failpoints import Step, Transition
+from choral_server import cohort
+from choral_server.failpoints import Transition
 from choral_server.intake import Bounds, check_header, payload_bytes
-from choral_server.offload import offload
 from choral_server.records import RunRecord
 from choral_server.rounds import (
     AWAITED,
@@ -55,6 +53,7 @@ from choral_server.sessions import Sessions
 from choral_server.spool import DISK, RoundSpool
 from choral_server.standing import consequences
 from choral_server.store import Store
+from choral_server.tally import Tally
 from choral_server.transfers import Transfers
 from choral_server.troubles import Troubles
 
@@ -87,11 +86,10 @@ class Collection:
         self.run = run
         self.round = round
         self.spool = spool
-        self.aggregate = run.aggregate(round.kind)
+        self.tally = Tally(run.aggregate(round.kind), spool, self._payload_bytes(), house.spool_bytes, house.troubles)
         self._house = house
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._waiting_for: dict[int, tuple[Upload, asyncio.Future[Receipt]]] = {}
-        self._folded: list[Part] = []  # what the sum holds but not yet its copy on disk
         self._timers: list[asyncio.TimerHandle] = []
         self._away: dict[str, asyncio.TimerHandle] = {}  # until a client is overdue
         self._began = time.monotonic()
@@ -103,26 +101,10 @@ class Collection:
     async def restore(self) -> None:
         """Take up a round that an earlier process left: what was accepted is added again.
 
-        Raises UpdateRefused: an accepted result is not on disk any more, or cannot be read.
+        Raises UpdateRefused: an accepted result is not on the disk any more, or damaged.
         """
         self.round = resumed(self.round)
-        accepted = [part for part in self.round.parts.values() if part.state is PartState.ACCEPTED]
-        if self.aggregate is None:
-            return
-        contained: frozenset[str] = frozenset()
-        if isinstance(self.aggregate, WeightedSum) and self.spool.sum_path.exists():
-            size, cap = self.run.model.manifest.size, self.run.settings.weight_cap
-            try:
-                self.aggregate = await offload(8 * size, WeightedSum.load, self.spool.sum_path, size, cap)
-            except ValueError as error:
-                raise UpdateRefused(str(error)) from error
-            contained = self.aggregate.contained
-            self.spool.drop(part for part in accepted if part.assignment in contained)
-        for part in accepted:
-            if part.assignment not in contained:
-                if not await self.spool.holds(part, self.run.version.size_bytes):
-                    raise UpdateRefused(f"the accepted result of {part.client} is not in the spool any more, or damaged")
-                await self._fold(part)
+        await self.tally.restore(part for part in self.round.parts.values() if part.state is PartState.ACCEPTED)
 
     async def collect(self) -> Round:
         """Ask the cohort, and take what comes until the round closes."""
@@ -188,7 +170,7 @@ class Collection:
             case Answer(upload, receipt):
                 self._answer(upload, receipt)
             case Fold(upload):
-                await self._fold(self.round.parts[upload.assignment])
+                await self.tally.add(self.round.parts[upload.assignment])
             case Extend():
                 self._later(min(self.run.settings.stall_s, self._extensible_s()), self._deadline)
 
@@ -207,25 +189,6 @@ class Collection:
         _, waiting = self._waiting_for.pop(id(upload))
         if not waiting.done():  # its call may have broken
             waiting.set_result(receipt)
-
-    async def _fold(self, part: Part) -> None:
-        """Add an accepted result; now and then the sum goes to disk, and what it contains from there."""
-        if self.aggregate is None:
-            return
-        await offload(self.run.version.size_bytes, self.aggregate.fold, part, self.spool.path(part.client, part.digest))
-        failpoints.reach(Step.UPLOAD_FOLDED.value)
-        self._folded.append(part)
-        size = 4 * self.run.model.manifest.size
-        if isinstance(self.aggregate, WeightedSum) and len(self._folded) * size > self._house.spool_bytes:
-            try:
-                await offload(2 * size, self.aggregate.save, self.spool.sum_path)
-            except OSError as error:
-                self._house.troubles.found(DISK, f"{self.spool.sum_path} cannot be written ({error.strerror})")
-                return
-            failpoints.reach(Step.SUM_WRITTEN.value)
-            self.spool.drop(self._folded)
-            self._folded.clear()
-            failpoints.reach(Step.SUM_CONTAINED_DELETED.value)
 
     def _discard(self, upload: Upload) -> None:
         """Delete an upload that does not count, unless it is the very file of the one that does."""

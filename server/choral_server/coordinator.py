@@ -198,7 +198,7 @@ class Coordinator:
             self.attendance.collection = None
         collection.spool.clear()
         _log_round(run, closed)
-        if closed.state is RoundState.DONE and collection.aggregate is not None:
+        if closed.state is RoundState.DONE and collection.tally.aggregate is not None:
             self._house.sessions.say_all(NewVersion(run.version))
         await self._measure(run)
         return closed
@@ -213,7 +213,7 @@ class Coordinator:
         if closed.state is RoundState.OPEN:
             closed = await collection.collect()
         if closed.state is RoundState.CLOSED:
-            closed = await run.settle(collection.timed(), collection.aggregate, self._house.clock())
+            closed = await run.settle(collection.timed(), collection.tally.aggregate, self._house.clock())
         return closed
 
     async def _open(self, run: Run, kind: Kind) -> Collection:

@@ -132,7 +132,8 @@ def test_no_grouping_changes_a_bit_whatever_is_saved_and_loaded_between(
         add(total, spool, delta, examples, f"client-{number}")
         if data.draw(st.booleans(), label="saved here"):
             total.save(spool.with_name("sum"))
-            total = WeightedSum.load(spool.with_name("sum"), size, CAP)
+            total = WeightedSum(size, CAP)
+            total.load(spool.with_name("sum"))
     assert total.mean().tobytes() == folded(spool, updates).tobytes()
     assert total.contained == {f"run/0/client-{number}" for number in range(len(updates))}
 
@@ -146,4 +147,4 @@ def test_a_sum_that_is_damaged_or_of_something_else_is_not_taken_for_one(spool: 
     changed = {"bit": content[:-1] + b"\x40", "short": content[:-8], "empty": b"", "header": b"{}\n" + content.split(b"\n", 1)[1]}
     path.write_bytes(changed.get(damage, content))
     with pytest.raises(ValueError):
-        WeightedSum.load(path, 4 if damage == "size" else 3, 5 if damage == "cap" else CAP)
+        WeightedSum(4 if damage == "size" else 3, 5 if damage == "cap" else CAP).load(path)

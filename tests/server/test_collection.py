@@ -139,8 +139,8 @@ async def test_all_who_are_asked_hear_of_their_part_and_count(home: Home) -> Non
         assert (await here.hears(client, Assignment)).id == here.id_of(client)
     assert await sends(collection, "alice", "bob") == [Verdict.ACCEPTED] * 2
     assert states(await collecting) == {"alice": "accepted", "bob": "accepted"}
-    assert isinstance(collection.aggregate, WeightedSum)
-    assert collection.aggregate.mean().tolist() == CHANGE.tolist()
+    assert isinstance(collection.tally.aggregate, WeightedSum)
+    assert collection.tally.aggregate.mean().tolist() == CHANGE.tolist()
 
 
 async def test_who_attends_before_a_round_is_taken_up_is_asked(home: Home) -> None:
@@ -425,9 +425,9 @@ async def test_what_was_accepted_counts_once_after_a_restart(home: Home, spool_b
     here = await floor(home, spool_bytes=spool_bytes)
     collection = here.taken_up(await stopped_after(here, "alice", "bob"))
     await collection.restore()
-    assert isinstance(collection.aggregate, WeightedSum)
-    assert collection.aggregate.contained == {here.id_of("alice"), here.id_of("bob")}
-    assert collection.aggregate.mean().tolist() == (CHANGE * 4).tolist()  # 5 and 3 letters, of equal weight
+    assert isinstance(collection.tally.aggregate, WeightedSum)
+    assert collection.tally.aggregate.contained == {here.id_of("alice"), here.id_of("bob")}
+    assert collection.tally.aggregate.mean().tolist() == (CHANGE * 4).tolist()  # 5 and 3 letters, of equal weight
     assert collection.round.part_of("carol") == Part(here.id_of("carol"), "carol", PartState.ABSENT, "the coordinator restarted")
 
 
