@@ -42,6 +42,9 @@ protos: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/rounds.py --clients 2
 	$(BIN)/python benchmarks/rounds.py --clients 10
+	$(BIN)/python benchmarks/rounds.py --durability
+	$(BIN)/python benchmarks/stragglers.py
+	$(BIN)/python benchmarks/uploads.py
 
 wheel: $(READY)
 	$(BIN)/python -m build
