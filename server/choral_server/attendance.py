@@ -27,6 +27,7 @@ class Attendance:
         self._heartbeat_s = heartbeat_s
         self._wake = wake
         self.collection: Collection | None = None
+        self.settled = False  # whether it is known which round goes on, if any does
 
     def joined(self, session: Session, run: Run) -> Welcome:
         """A client attends; what it is told first. It hears of its part in the round under way right after."""
@@ -81,8 +82,10 @@ class Attendance:
         part = await self._house.store.part(header.assignment)
         if part is None or part.client != header.client:
             raise UpdateRefused(f"assignment {header.assignment} is unknown: nobody named {header.client} was asked for it")
-        if part.state in OPEN_PARTS:
+        if part.state in OPEN_PARTS and not self.settled:
             raise Unreachable(f"the round of assignment {header.assignment} is being taken up: send the result in a moment")
+        if part.state in OPEN_PARTS:
+            raise UpdateRefused(f"assignment {header.assignment} is of a run that this coordinator is not on")
         return receipt_after(part)
 
     async def quarantine(self, name: str, reason: str) -> ClientRecord:

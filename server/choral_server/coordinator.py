@@ -69,6 +69,7 @@ class Coordinator:
         """Open rounds as they become due until the run is over or cannot go on, or the coordinator drains."""
         run = self.run
         await self._take_up(run)
+        self.attendance.settled = True
         while self._goes_on(run):
             if self._back_to is not None:
                 await self._roll_back(run)
@@ -191,7 +192,7 @@ class Coordinator:
 
     async def run_round(self, run: Run, collection: Collection) -> Round:
         """Collect one round, publish what it gives, and measure that."""
-        self.attendance.collection = collection
+        self.attendance.collection, self.attendance.settled = collection, True
         try:
             closed = await self._closed(run, collection)
         finally:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from choral.errors import UpdateRefused
+from choral.errors import Unreachable, UpdateRefused
 from choral.messages import Assignment, Cancel, FromCoordinator, Hello, Phase, Receipt, Status, UploadHeader, Verdict
 from choral.plan import Kind
 from choral_server.aggregate import WeightedSum
@@ -463,6 +463,19 @@ def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+async def test_a_result_that_is_offered_before_its_round_is_taken_up_is_not_lost(home: Home) -> None:
+    here = await floor(home)
+    stored = await stopped_after(here, "alice")
+    offered = header_of(here.taken_up(stored), "bob")
+    here.attendance.collection = None
+    await home.store.commit(stored)  # nothing of it is in this process any more
+    with pytest.raises(Unreachable, match="is being taken up: send the result in a moment"):
+        await here.attendance.expects(offered)
+    here.attendance.settled = True  # and it was not: the configuration names another run now
+    with pytest.raises(UpdateRefused, match="is of a run that this coordinator is not on"):
+        await here.attendance.expects(offered)
 
 
 async def test_a_result_sent_again_after_a_restart_is_a_duplicate(home: Home) -> None:
