@@ -139,6 +139,8 @@ class Coordinator:
         self.broken_downloads = 0
         self.unreachable_downloads = 0
         self.checkpoint: Callable[[int], bytes] = model
+        self.slow: set[int] = set()  # versions whose download never ends
+        self.downloading = asyncio.Event()
 
     @asynccontextmanager
     async def attend(self, hello: Hello) -> AsyncIterator[Stream]:
@@ -160,6 +162,9 @@ class Coordinator:
         if self.unreachable_downloads > 0:
             self.unreachable_downloads -= 1
             raise Unreachable("nobody is there")
+        if version.number in self.slow:
+            self.downloading.set()
+            await asyncio.Event().wait()
         yield self.checkpoint(version.number)[offset:]
 
     async def upload(self, header: UploadHeader, payload: memoryview) -> Receipt:
@@ -324,6 +329,20 @@ async def test_it_keeps_the_newest_model_from_the_welcome_on(coordinator: Coordi
     assert (tmp_path / "model.safetensors").read_bytes() == model(9)
     assert coordinator.downloads.count(7) == 1  # it held that one already
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "status.json"]
+
+
+async def test_a_version_that_is_outdated_is_not_fetched_to_the_end(coordinator: Coordinator, tmp_path: Path) -> None:
+    coordinator.slow = {0}
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME)
+        await coordinator.downloading.wait()
+        stream.tell(*(NewVersion(version(number)) for number in range(1, 9)), OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert (tmp_path / "model.safetensors").read_bytes() == model(8)
+    assert coordinator.downloads == [0, 8]
 
 
 async def test_if_it_does_not_follow_it_fetches_only_what_it_works_on(coordinator: Coordinator, tmp_path: Path) -> None:

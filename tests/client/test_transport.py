@@ -117,7 +117,7 @@ async def downloaded(transport: GrpcTransport, version: VersionRef, offset: int 
 
 def sending(*chunks: Any, offset: int = 0) -> Callable[..., Any]:
     async def download(request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadResponse]:
-        assert (request.version, request.offset) == (3, offset)
+        assert (request.client, request.version, request.offset) == ("alice", 3, offset)
         for chunk in chunks:
             yield pb.DownloadResponse(chunk=chunk)
 
