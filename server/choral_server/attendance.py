@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NoReturn
 
 import structlog
 from choral.errors import ConfigError, Unreachable, UpdateRefused, WrongState
@@ -26,6 +27,7 @@ class Attendance:
         self._house = house
         self._heartbeat_s = heartbeat_s
         self._wake = wake
+        self._refused: dict[str, str] = {}
         self.collection: Collection | None = None
         self.settled = False  # whether it is known which round goes on, if any does
 
@@ -75,18 +77,30 @@ class Attendance:
         """
         client = self._house.store.clients.get(header.client)
         if client is not None and client.quarantine:
-            raise UpdateRefused(f"client {header.client} is quarantined: {client.quarantine}")
+            await self._refuse(header, f"client {header.client} is quarantined: {client.quarantine}")
         current = self.collection
-        if current is not None and header.assignment in current.round.parts:
+        here = current is not None and header.assignment in current.round.parts
+        part = current.round.parts[header.assignment] if current and here else await self._house.store.part(header.assignment)
+        if part is None:
+            await self._refuse(header, f"assignment {header.assignment} is unknown: nobody named {header.client} was asked for it")
+        if part.client != header.client:
+            await self._refuse(header, f"assignment {header.assignment} was given to {part.client}, not to {header.client}")
+        if current is not None and here:
             return current.expects(header) or current
-        part = await self._house.store.part(header.assignment)
-        if part is None or part.client != header.client:
-            raise UpdateRefused(f"assignment {header.assignment} is unknown: nobody named {header.client} was asked for it")
         if part.state in OPEN_PARTS and not self.settled:
             raise Unreachable(f"the round of assignment {header.assignment} is being taken up: send the result in a moment")
         if part.state in OPEN_PARTS:
-            raise UpdateRefused(f"assignment {header.assignment} is of a run that this coordinator is not on")
+            await self._refuse(header, f"assignment {header.assignment} is of a run that this coordinator is not on")
         return receipt_after(part)
+
+    async def _refuse(self, header: UploadHeader, reason: str) -> NoReturn:
+        """Say no to what is no result of an open part, and let operators know."""
+        house, client = self._house, header.client
+        log.warning("upload refused", client=client, assignment=header.assignment, reason=reason)
+        if client in house.store.clients and self._refused.get(client) != reason:  # once, however often it comes
+            self._refused[client] = reason
+            await house.store.commit(EventRecord(house.clock(), "result refused", reason, client=client))
+        raise UpdateRefused(reason)
 
     async def quarantine(self, name: str, reason: str) -> ClientRecord:
         """Ask and take no result from a client until it is released. Raises ConfigError: it is unknown."""

@@ -278,7 +278,15 @@ def test_an_upload_is_a_header_chunks_and_a_trailer(pair: Pair) -> None:
         ({"examples": 2**62}, f"alice claims {2**62} examples; 1 to 1099511627776 are allowed"),
         (
             {"held_out": [model_pb2.Metric(name="loss", value=1, examples=0)]},
-            "alice measured loss on 0 examples; at least 1 is needed",
+            "alice measured loss on 0 examples; 1 to 1099511627776 are allowed",
+        ),
+        (
+            {"held_out": [model_pb2.Metric(name="loss", value=float("nan"), examples=1)]},
+            "alice measured loss = nan; at most 1e+30 is allowed",
+        ),
+        (
+            {"held_out": [model_pb2.Metric(name="lost", value=1, examples=1)]},
+            "alice measured 'lost', which was not asked for, or twice; the task has loss, mae",
         ),
     ],
 )
@@ -308,10 +316,14 @@ def test_a_payload_that_cannot_count_is_refused_and_the_round_goes_on(pair: Pair
 def test_a_result_counts_for_whom_it_was_asked_only(pair: Pair) -> None:
     stolen = pair.bob.upload(pair.bob.header(pair.name, client="bob"))
     assert (stolen.verdict, stolen.reason) == (pb.VERDICT_REFUSED, f"assignment {pair.name} was given to alice, not to bob")
-    for name in (pair.name[:-1], "run/9999/alice/0", "", "../../etc", "run-2/0/alice/0"):
+    names = (pair.name[:-1], "run/9999/alice/0", "", "../../etc", "run-2/0/alice/0")
+    for name in names:
         unknown = pair.alice.upload(pair.alice.header(name, client="alice"))
         assert unknown.verdict == pb.VERDICT_REFUSED
         assert unknown.reason.startswith(f"assignment {name} is unknown: ")
+        pair.coordinator.saw("upload refused", client="alice", assignment=name, reason=unknown.reason)
+    refused = [row["told"] for row in pair.federation.rows("events", "--client", "alice", "--limit", 5)]
+    assert [told.split(" is unknown")[0] for told in reversed(refused)] == [f"assignment {name}" for name in names]
     assert pair.alice.upload(pair.alice.header(pair.name)).verdict == pb.VERDICT_ACCEPTED
     pair.closes("accepted", 2)
 
