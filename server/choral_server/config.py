@@ -73,7 +73,7 @@ class RunSettings(Settings):
     stall_s: Seconds = 30.0
     """seconds without a byte after which a transfer stands still: an upload is cut off, and its client goes on where it broke"""
     absence_s: Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False)] = 10.0
-    """seconds for which a client may be away from its part before another takes it, while half of the deadline has not passed"""
+    """seconds for which a client may be away from its part before it is not waited for, and another is asked in its place"""
     max_update_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """largest Euclidean norm of an update that is accepted; any, if not given"""
     quarantine_after: Annotated[int, Field(ge=1)] | None = 3
