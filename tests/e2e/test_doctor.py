@@ -161,7 +161,7 @@ def test_a_rollback_while_the_run_is_live(quick: Federation, when: str) -> None:
     assert tensors(quick.versions / "000005.safetensors") == tensors(quick.versions / "000002.safetensors")
     unknown = quick.command("versions", "rollback", 99, "-c", quick.config)
     assert unknown.code() != 0
-    assert unknown.stderr.startswith("choral: version 99 is missing")
+    assert unknown.stderr == "choral: run run has no version 99: `choral versions list` shows those there are\n"
 
 
 def tensors(path: Any) -> bytes:
