@@ -13,7 +13,7 @@ import typer
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's configuration file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")]
 _DEFAULT = Path("choral.yaml")
-_NOT_IN_IT = "not in it: keys, certificates and the configuration – copy the folder of {} – certificates and keys – yourself"
+_NOT_IN_IT = "not in it: keys, certificates and the configuration – copy the folder of {} yourself, without the state folder"
 
 
 def backup(

@@ -51,7 +51,10 @@ def _show(answer: Any, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from choral_deploy.cells import cell
+
     table = Table("", "what", "found", "what to do")
     for finding in answer.findings:
-        table.add_row("[green]✓[/]" if finding.good else "[red]✗[/]", finding.subject, finding.found, finding.cure)
+        words = (finding.subject, finding.found, finding.cure)
+        table.add_row("[green]✓[/]" if finding.good else "[red]✗[/]", *map(cell, words))
     Console().print(table)

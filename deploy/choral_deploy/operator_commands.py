@@ -14,7 +14,8 @@ import typer
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's configuration file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 RunOption = Annotated[str, typer.Option("--run", help="Name of the run; the present one if not given.")]
-LimitOption = Annotated[int, typer.Option("--limit", min=1, help="How many, newest first.")]
+LimitOption = Annotated[int, typer.Option("--limit", min=1, max=2**31 - 1, help="How many, newest first.")]
+NumberArgument = Annotated[int, typer.Argument(min=0, max=2**63 - 1)]
 _DEFAULT = Path("choral.yaml")
 
 runs = typer.Typer(help="See and steer runs.", no_args_is_help=True)
@@ -49,7 +50,7 @@ def list_runs(config: ConfigOption = _DEFAULT, json: JsonOption = False) -> None
 @runs.command()
 def start(
     config: ConfigOption = _DEFAULT,
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds to train; 0: as configured.")] = 0,
+    rounds: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Rounds to train; 0: as configured.")] = 0,
     from_latest: Annotated[bool, typer.Option(help="Continue from the latest version of the run before.")] = False,
 ) -> None:
     """Start a further run."""
@@ -110,7 +111,7 @@ def list_rounds(config: ConfigOption = _DEFAULT, run: RunOption = "", limit: Lim
 
 
 @rounds.command()
-def show(number: int, config: ConfigOption = _DEFAULT, run: RunOption = "", json: JsonOption = False) -> None:
+def show(number: NumberArgument, config: ConfigOption = _DEFAULT, run: RunOption = "", json: JsonOption = False) -> None:
     """One round, client by client."""
     from choral.errors import ConfigError
 
@@ -170,7 +171,7 @@ def release(name: str, config: ConfigOption = _DEFAULT) -> None:
 
 
 @versions.command("rollback")
-def roll_back(number: int, config: ConfigOption = _DEFAULT) -> None:
+def roll_back(number: NumberArgument, config: ConfigOption = _DEFAULT) -> None:
     """Publish the weights and optimizer state of an earlier version as the newest; a round under way is abandoned."""
     _say_run(_call(config, "RollBack", version=number).run)
     typer.echo(f"going back to version {number}; `choral versions list` shows the new version that has its weights")
@@ -231,9 +232,11 @@ def _table(columns: dict[str, Callable[[Any], object]], rows: Iterable[Any], as_
     from rich.console import Console
     from rich.table import Table
 
+    from choral_deploy.cells import cell
+
     table = Table(*columns)
     for row in rows:
-        table.add_row(*(str(read(row)) for read in columns.values()))
+        table.add_row(*(cell(read(row)) for read in columns.values()))
     Console().print(table)
 
 

@@ -167,11 +167,11 @@ async def _stored(config: ServerConfig, troubles: Troubles) -> AsyncIterator[tup
 
 
 def _holder(folder: Path) -> str:
-    """The name under which this state folder holds the database: a coordinator that starts again is the same."""
+    """The name under which this state folder holds the database: one that starts again has the same, one in a copy has not."""
     path = folder / "holder"
     if not path.exists():
         write_durably(path, f"{os.uname().nodename}-{secrets.token_hex(4)}".encode())
-    return path.read_text(encoding="utf-8")
+    return f"{path.read_text(encoding='utf-8')}-{path.stat().st_ino:x}"
 
 
 def _checkpoints(config: ServerConfig, artifacts: Artifacts) -> Callable[[str], Checkpoints]:

@@ -27,7 +27,7 @@ class Attendance:
         self._house = house
         self._heartbeat_s = heartbeat_s
         self._wake = wake
-        self._refused: dict[str, str] = {}
+        self._refused: set[tuple[str, str]] = set()
         self.collection: Collection | None = None
         self.settled = False  # whether it is known which round goes on, if any does
 
@@ -77,28 +77,34 @@ class Attendance:
         """
         client = self._house.store.clients.get(header.client)
         if client is not None and client.quarantine:
-            await self._refuse(header, f"client {header.client} is quarantined: {client.quarantine}")
+            await self._refuse(header, "quarantined", f"client {header.client} is quarantined: {client.quarantine}")
         current = self.collection
         here = current is not None and header.assignment in current.round.parts
         part = current.round.parts[header.assignment] if current and here else await self._house.store.part(header.assignment)
         if part is None:
-            await self._refuse(header, f"assignment {header.assignment} is unknown: nobody named {header.client} was asked for it")
+            await self._refuse(
+                header, "unknown", f"assignment {header.assignment} is unknown: nobody named {header.client} was asked for it"
+            )
         if part.client != header.client:
-            await self._refuse(header, f"assignment {header.assignment} was given to {part.client}, not to {header.client}")
+            await self._refuse(
+                header, "another's", f"assignment {header.assignment} was given to {part.client}, not to {header.client}"
+            )
         if current is not None and here:
             return current.expects(header) or current
         if part.state in OPEN_PARTS and not self.settled:
             raise Unreachable(f"the round of assignment {header.assignment} is being taken up: send the result in a moment")
         if part.state in OPEN_PARTS:
-            await self._refuse(header, f"assignment {header.assignment} is of a run that this coordinator is not on")
+            await self._refuse(
+                header, "another run's", f"assignment {header.assignment} is of a run that this coordinator is not on"
+            )
         return receipt_after(part)
 
-    async def _refuse(self, header: UploadHeader, reason: str) -> NoReturn:
-        """Say no to what is no result of an open part, and let operators know."""
+    async def _refuse(self, header: UploadHeader, kind: str, reason: str) -> NoReturn:
+        """Say no to what is no result of an open part. Of each kind one per client is an event: strangers fill no disk."""
         house, client = self._house, header.client
         log.warning("upload refused", client=client, assignment=header.assignment, reason=reason)
-        if client in house.store.clients and self._refused.get(client) != reason:  # once, however often it comes
-            self._refused[client] = reason
+        if client in house.store.clients and (client, kind) not in self._refused:
+            self._refused.add((client, kind))
             await house.store.commit(EventRecord(house.clock(), "result refused", reason, client=client))
         raise UpdateRefused(reason)
 

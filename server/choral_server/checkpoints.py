@@ -42,6 +42,12 @@ class Checkpoints:
         """Where it is kept, for people."""
         return self._artifacts.location(self._key(number))
 
+    async def numbers(self) -> list[int]:
+        """Which versions are kept, the oldest first. Raises ArtifactsGone."""
+        names = [key.removeprefix(self._prefix) for key in await self._artifacts.list(self._prefix)]
+        stems = (name.removesuffix(_WEIGHTS) for name in names if name.endswith(_WEIGHTS))
+        return sorted(int(stem) for stem in stems if stem.isdecimal())
+
     async def write(self, number: int, content: bytes, optimizer: bytes | None = None) -> VersionRef:
         """Store a version, the optimizer's state first, so that a version that is there is whole. Raises ArtifactsGone."""
         if optimizer is not None:
@@ -85,7 +91,10 @@ class Checkpoints:
             log.warning("name not moved", name=str(self._local / f"{name}{_WEIGHTS}"), version=number, reason=error.strerror)
 
     async def prune(self, wanted: set[int], latest: int) -> None:
-        """Delete all but the newest `keep` versions and those in `wanted`, and what a crash left beyond `latest`."""
+        """Delete all but the newest `keep` versions, up to `latest`, and those in `wanted`.
+
+        What a crash left beyond `latest` is written anew by the next version.
+        """
         if self._keep is None:
             return
         for key in reversed(await self._artifacts.list(self._prefix)):  # weights before their optimizer's state: see `write`
@@ -99,7 +108,7 @@ class Checkpoints:
         number = name.partition(".")[0]
         if self._keep is None or not number.isdecimal() or int(number) in wanted:
             return False
-        return not latest - self._keep < int(number) <= latest
+        return int(number) <= latest - self._keep
 
     async def _copy(self, number: int, content: bytes) -> None:
         """Keep a local copy, if the store itself is not local."""

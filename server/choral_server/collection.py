@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -58,6 +59,7 @@ from choral_server.transfers import Transfers
 from choral_server.troubles import Troubles
 
 log = structlog.get_logger()
+_CORRUPT_ATTEMPTS = 5
 _TROUBLED_S = 1.0  # how often a deadline that came in bad times is looked at again
 
 
@@ -92,6 +94,7 @@ class Collection:
         self._waiting_for: dict[int, tuple[Upload, asyncio.Future[Receipt]]] = {}
         self._timers: list[asyncio.TimerHandle] = []
         self._away: dict[str, asyncio.TimerHandle] = {}  # until a client is overdue
+        self._corrupt: Counter[str] = Counter()  # attempts by assignment
         self._began = time.monotonic()
         self._troubled_s = house.troubles.lasted_s  # what of it has been added to the deadline
         self._added_s = 0.0
@@ -322,7 +325,7 @@ class Collection:
     def bounds(self) -> Bounds:
         """What a payload is held against."""
         settings = self.run.settings
-        return Bounds(settings.cohort_size, self.run.model.features, settings.max_update_norm)
+        return Bounds(max(settings.cohort_size, self.round.goal), self.run.model.features, settings.max_update_norm)
 
     async def submit(self, upload: Upload) -> Receipt:
         """Offer an admissible result; its receipt, once that is stored."""
@@ -338,6 +341,16 @@ class Collection:
         """A result cannot count."""
         log.warning("upload refused", client=header.client, assignment=header.assignment, reason=reason)
         self._tell(Rejected(header.assignment, reason))
+
+    def corrupt(self, header: UploadHeader, reason: str) -> None:
+        """A result arrived damaged. It may be sent again, but not for ever. Raises UpdateRefused: that was the last time."""
+        self._corrupt[header.assignment] += 1
+        attempts = self._corrupt[header.assignment]
+        log.warning("upload corrupt", client=header.client, assignment=header.assignment, reason=reason, attempt=attempts)
+        if attempts == _CORRUPT_ATTEMPTS:
+            told = f"the result of {header.client} arrived damaged {attempts} times, the last time because {reason}"
+            self.reject(header, told)
+            raise UpdateRefused(told)
 
     def _payload_bytes(self) -> int:
         return payload_bytes(self.round.kind, self.run.model.manifest.size, self.run.model.features)

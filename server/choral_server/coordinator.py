@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import structlog
-from choral.errors import ChoralError, UnknownVersion, UpdateRefused, WrongState
+from choral.errors import ConfigError, UnknownVersion, UpdateRefused, WrongState
 from choral.messages import ComeBack, NewVersion
 from choral.plan import Kind
 
@@ -23,10 +23,11 @@ from choral_server.intake import payload_bytes
 from choral_server.patience import patiently
 from choral_server.records import EventRecord, RunState
 from choral_server.rounds import Part, PartState, Round, RoundState, discarded
-from choral_server.run import Run
+from choral_server.run import ARTIFACTS, Run
 from choral_server.schedule import next_due
 from choral_server.spool import DISK, Spool
 from choral_server.standing import consequences
+from choral_server.state_folder import lock_of
 
 log = structlog.get_logger()
 RESTART_S = 2.0  # when clients come back after a coordinator that was told to end
@@ -59,7 +60,6 @@ class Coordinator:
         self._triggered = False
         self.draining = False
         self._retry_at: datetime | None = None
-        self._back_to: int | None = None
         self._starting = asyncio.Lock()
         house.troubles.on_change = self.wake
 
@@ -71,13 +71,12 @@ class Coordinator:
         await self._take_up(run)
         self.attendance.settled = True
         while self._goes_on(run):
-            if self._back_to is not None:
-                await self._roll_back(run)
+            if run.record.back_to is not None:
+                await self._roll_back(run, run.record.back_to)
             elif (kind := run.next_kind()) is None:
                 break
             elif await self._due(kind):
                 await self._count_abandoned(run, await self.run_round(run, await self._open(run, kind)))
-        self._back_to = None
         if self._goes_on(run):
             await run.save(at=Transition.RUN_OVER, state=RunState.FINISHED, reason=run.outcome(), next_round_at=None)
         if not run.active:
@@ -119,7 +118,7 @@ class Coordinator:
 
     async def _due(self, kind: Kind) -> bool:
         """Wait until a round may open; False: none will, or something else comes first."""
-        while self.run.active and not self.draining and self._back_to is None:
+        while self.run.active and not self.draining and self.run.record.back_to is None:
             self._awake.clear()
             why, until = self._hindrance(kind)
             if why is None:
@@ -168,6 +167,10 @@ class Coordinator:
 
     def _shortage(self) -> str | None:
         """Why the disk cannot take another round."""
+        if not lock_of(self._state).exists():
+            return (
+                f"{self._state} is gone, or not the folder that it was at the start: put it back, or stop and start the coordinator"
+            )
         settings, model = self.run.settings, self.run.model
         upload = payload_bytes(Kind.TRAINING, model.manifest.size, model.features)
         asked = cohort.selected(settings.cohort_size, settings.over_selection)
@@ -175,7 +178,12 @@ class Coordinator:
         return disk.shortage(self._state, needed)
 
     async def _count_abandoned(self, run: Run, closed: Round) -> None:
-        if closed.state is RoundState.DONE or closed.kind is Kind.EVALUATION or not self._goes_on(run) or self._back_to is not None:
+        if (
+            closed.state is RoundState.DONE
+            or closed.kind is Kind.EVALUATION
+            or not self._goes_on(run)
+            or run.record.back_to is not None
+        ):
             self._retry_at = None
             if run.record.abandoned:
                 await run.save(abandoned=0)
@@ -208,8 +216,10 @@ class Coordinator:
         """The round once it is over, and what it gives published."""
         if not collection.round.parts:
             collection.stop("nobody attends")
-        elif not run.active or self._back_to is not None:  # said by an operator while it was opened
-            collection.stop(run.record.reason or f"an operator went back to version {self._back_to}")
+        elif not run.active:  # said by an operator while it was opened
+            collection.stop(run.record.reason)
+        elif run.record.back_to is not None:
+            collection.stop(_going_back(run.record.back_to))
         closed = collection.round
         if closed.state is RoundState.OPEN:
             closed = await collection.collect()
@@ -257,13 +267,14 @@ class Coordinator:
         if measured := await run.measure():
             log.info("measured", version=run.version.number, on="test", **{m.name: round(m.value, 4) for m in measured})
 
-    async def _roll_back(self, run: Run) -> None:
-        number, self._back_to = self._back_to, None
-        assert number is not None, "nobody asked for it"
+    async def _roll_back(self, run: Run, number: int) -> None:
+        house = self._house
         try:
-            await run.roll_back(number, self._house.clock())
-        except ChoralError as error:
+            await patiently(house.troubles, ARTIFACTS, lambda: run.roll_back(number, house.clock()))
+        except (UnknownVersion, ConfigError) as error:  # gone or damaged since it was asked for
             log.warning("not rolled back", reason=str(error))
+            event = EventRecord(house.clock(), "not rolled back", str(error), run.record.name)
+            await run.save(back_to=None, others=(event,))
             return
         log.info("rolled back", to=number, version=run.version.number)
         self._house.sessions.say_all(NewVersion(run.version))
@@ -322,14 +333,9 @@ class Coordinator:
         self._must_not_be_over("rolled back")
         if self.run.record.state is RunState.FAILED:
             raise WrongState(f"run {self.run.record.name} is failed; resume it first")
-        known = await self._house.store.version(self.run.record.name, number)
-        if known is None:
-            raise UnknownVersion(
-                f"run {self.run.record.name} has no version {number}: `choral versions list` shows those there are"
-            )
-        await self.run.checkpoints.fetch(number, known.version)  # to say at once if it is not kept any more, or damaged
-        self._back_to = number
-        self._stop_round(f"an operator went back to version {number}")
+        await self.run.can_go_back_to(number)
+        await self.run.save(back_to=number, others=self._noted("rollback asked for", f"to version {number}"))
+        self._stop_round(_going_back(number))
         self.wake()
 
     def drain(self) -> None:
@@ -375,12 +381,16 @@ class Coordinator:
         if self.attendance.collection is not None:
             self.attendance.collection.stop(reason)
 
-    def _noted(self, what: str) -> tuple[EventRecord]:
-        return (EventRecord(self._house.clock(), what, run=self.run.record.name),)
+    def _noted(self, what: str, told: str = "") -> tuple[EventRecord]:
+        return (EventRecord(self._house.clock(), what, told, self.run.record.name),)
 
     def _must_not_be_over(self, what: str) -> None:
         if self.run.over:
             raise WrongState(f"run {self.run.record.name} is {self.run.record.state.value} and cannot be {what}; start another")
+
+
+def _going_back(number: int) -> str:
+    return f"an operator went back to version {number}"
 
 
 def _log_round(run: Run, closed: Round) -> None:

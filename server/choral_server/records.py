@@ -51,6 +51,8 @@ class RunRecord:
     opened_at: datetime | None = None
     nonce: str = field(default_factory=lambda: secrets.token_hex(4))
     """what tells the assignments of this run from those of another of the same name"""
+    back_to: int | None = None
+    """the version that an operator wants to go back to, until that is done"""
 
 
 @dataclass(frozen=True, slots=True)

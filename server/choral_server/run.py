@@ -36,6 +36,7 @@ from choral_server.troubles import Troubles
 
 Aggregate = WeightedSum | StatisticsSum | None
 ARTIFACTS = "artifacts"
+_NAMED = 10  # versions named in a message
 
 
 @dataclass(frozen=True)
@@ -211,12 +212,19 @@ class Run:
         )
         return done
 
-    async def roll_back(self, number: int, now: datetime) -> None:
-        """Publish the weights and the optimizer state of version `number` as the newest. Raises UnknownVersion."""
+    async def can_go_back_to(self, number: int) -> None:
+        """Return if a version is at hand. Raises UnknownVersion: it never was, or is not kept; ConfigError: it is damaged."""
         known = await self._store.version(self.record.name, number)
         if known is None:
             raise UnknownVersion(f"run {self.record.name} has no version {number}: `choral versions list` shows those there are")
+        if number not in (kept := await self.checkpoints.numbers()):
+            there = ", ".join(map(str, kept[-_NAMED:]))
+            raise UnknownVersion(f"version {number} is not kept any more (run.keep_versions): the newest that are, are {there}")
         await self.checkpoints.fetch(number, known.version)
+
+    async def roll_back(self, number: int, now: datetime) -> None:
+        """Publish the weights and the optimizer state of version `number` as the newest. Raises as `can_go_back_to`."""
+        await self.can_go_back_to(number)
         await self._load(number)
         new = self.record.latest + 1
         event = EventRecord(now, "rolled back", f"the model is again that of version {number}, as version {new}", self.record.name)
@@ -224,7 +232,7 @@ class Run:
         made = Made(self._content(new), self._state)
         await self._publish(
             made,
-            lambda record: replace(record, has_statistics=measured, progress=replace(record.progress, stale=0)),
+            lambda record: replace(record, has_statistics=measured, progress=replace(record.progress, stale=0), back_to=None),
             now,
             event,
         )
@@ -345,6 +353,11 @@ class Runs:
 
     async def _begin(self, record: RunRecord, parent: Run | None = None) -> Run:
         run = self._make(record)
+        if (newest := max(await run.checkpoints.numbers(), default=0)) > 0:  # a crash at the beginning may leave version 0
+            raise ConfigError(
+                f"run {record.name}: {run.checkpoints.location(newest)} is there, and the database knows no such run: "
+                "restore a backup, give the database that belongs to these versions, or give run.name another value"
+            )
         await run.begin(record.started_at, parent)
         return run
 

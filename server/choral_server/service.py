@@ -155,8 +155,14 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         try:
             collection = await self._attendance.expects(header)
             if isinstance(collection, Receipt):
+                told = {"verdict": collection.verdict.value, "reason": collection.reason}
+                log.info("upload not wanted", client=header.client, assignment=header.assignment, **told)
                 return collection
-            path = await collection.spool.store(header, self._pieces(header, requests))
+            try:
+                path = await collection.spool.store(header, self._pieces(header, requests))
+            except CorruptTransfer as error:
+                collection.corrupt(header, str(error))
+                raise
             try:
                 await offload(header.payload_bytes, check_payload, header, path, collection.bounds())
             except UpdateRefused as error:
@@ -164,7 +170,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 collection.reject(header, str(error))
                 raise
             except FileNotFoundError as error:
-                raise CorruptTransfer("another attempt to send this result was faster: ask what became of it") from error
+                raise Unreachable("another attempt to send this result was faster: ask what became of it") from error
         except UpdateRefused as error:
             return Receipt(Verdict.REFUSED, str(error))
         finally:
@@ -190,7 +196,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                     return
                 case _:
                     raise InvalidMessage("an upload is one header, its chunks, and one trailer")
-        raise CorruptTransfer("the upload ended without its trailer: send the rest")
+        raise Unreachable("the upload ended without its trailer: send the rest")
 
 
 async def _next(requests: AsyncIterator[pb.UploadRequest], stall_s: float) -> pb.UploadRequest | None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from choral.durable import remove_leftovers, sync_folder
-from choral.errors import CorruptTransfer, OutOfSpace
+from choral.errors import CorruptTransfer, OutOfSpace, Unreachable
 from choral.messages import UploadHeader
 
 from choral_server import failpoints
@@ -56,8 +56,9 @@ class RoundSpool:
         """Write the pieces behind the first `header.offset` bytes; the path of the whole upload, durable and verified.
 
         A client has one attempt at a time; a new one takes over.
-        Raises CorruptTransfer: another number of bytes came than announced, they are not those announced, or another attempt took
-        over; OutOfSpace: they cannot be written. What was verified stays for the next attempt, unless the whole is something else.
+        Raises CorruptTransfer: another number of bytes came than announced, or they are not those announced; Unreachable: another
+        attempt took over, or the round ended; OutOfSpace: they cannot be written. What was verified stays for the next attempt,
+        unless the whole is something else.
         """
         path, part, me = self.path(header.client, header.digest), self._part(header), object()
         self._writers[header.client] = me
@@ -89,7 +90,7 @@ class RoundSpool:
             part.replace(path)
             sync_folder(self._folder)
         except FileNotFoundError as error:
-            raise CorruptTransfer("the round ended while the result arrived") from error
+            raise Unreachable("the round ended while the result arrived: ask what became of it") from error
         except OSError as error:
             reason = f"{self._folder} cannot be written ({error.strerror})"
             self._troubles.found(DISK, reason)
@@ -158,7 +159,7 @@ class RoundSpool:
 
     def _must_be_latest(self, client: str, attempt: object) -> None:
         if self._writers.get(client) is not attempt:
-            raise CorruptTransfer("another attempt to send this result took over")
+            raise Unreachable("another attempt to send this result took over")
 
     def _drop_other_parts(self, part: Path, client: str) -> None:
         """A result has one payload: what came before with another digest is not gone on with."""

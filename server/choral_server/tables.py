@@ -104,6 +104,7 @@ RUNS = Table(
     Column("stale", sa.BigInteger, nullable=False),
     Column("opened_at", Moment),
     Column("nonce", Words, nullable=False),
+    Column("back_to", sa.BigInteger),
 )
 
 ROUNDS = Table(
@@ -214,6 +215,7 @@ def run_to_row(record: RunRecord, place: int) -> Row:
         "stale": record.progress.stale,
         "opened_at": record.opened_at,
         "nonce": record.nonce,
+        "back_to": record.back_to,
     }
 
 

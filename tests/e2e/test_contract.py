@@ -246,12 +246,24 @@ def test_a_damaged_upload_can_be_sent_again(pair: Pair, damage: str) -> None:
     pair.closes("accepted", 2)
 
 
+def test_a_result_that_arrives_damaged_again_and_again_is_refused(pair: Pair) -> None:
+    header, bad = pair.alice.header(pair.name), [model_pb2.Chunk(offset=0, data=delta(1, 2, 3), crc32=1)]
+    for attempt in range(1, 5):
+        with pytest.raises(grpc.RpcError):
+            pair.alice.upload(header, bad)
+        pair.coordinator.saw("upload corrupt", client="alice", assignment=pair.name, attempt=attempt)
+    receipt = pair.alice.upload(header, bad)
+    assert receipt.verdict == pb.VERDICT_REFUSED
+    assert receipt.reason.startswith("the result of alice arrived damaged 5 times, the last time because ")
+    pair.closes("refused", 1, "arrived damaged 5 times")
+
+
 def test_an_upload_without_its_trailer_can_be_sent_again(pair: Pair) -> None:
     header = pb.UploadRequest(header=pair.alice.header(pair.name))
     for rest in ([], [pb.UploadRequest(chunk=chunk) for chunk in pieces(delta(1, 2, 3))]):
         with pytest.raises(grpc.RpcError) as broken:
             pair.alice.send([header, *rest])
-        assert refusal(broken.value)[:2] == (grpc.StatusCode.DATA_LOSS, "CorruptTransfer")
+        assert refusal(broken.value)[:2] == (grpc.StatusCode.UNAVAILABLE, "Unreachable")
     assert pair.alice.upload(header.header).verdict == pb.VERDICT_ACCEPTED
     pair.closes("accepted", 2)
 
@@ -322,8 +334,9 @@ def test_a_result_counts_for_whom_it_was_asked_only(pair: Pair) -> None:
         assert unknown.verdict == pb.VERDICT_REFUSED
         assert unknown.reason.startswith(f"assignment {name} is unknown: ")
         pair.coordinator.saw("upload refused", client="alice", assignment=name, reason=unknown.reason)
-    refused = [row["told"] for row in pair.federation.rows("events", "--client", "alice", "--limit", 5)]
-    assert [told.split(" is unknown")[0] for told in reversed(refused)] == [f"assignment {name}" for name in names]
+    first = f"assignment {names[0]} is unknown: nobody named alice was asked for it"
+    events = [row["told"] for row in pair.federation.rows("events", "--client", "alice", "--limit", 1000)]
+    assert [told for told in events if " is unknown: " in told] == [first]  # or whoever makes up names could fill the disk
     assert pair.alice.upload(pair.alice.header(pair.name)).verdict == pb.VERDICT_ACCEPTED
     pair.closes("accepted", 2)
 
@@ -374,7 +387,7 @@ def test_two_uploads_of_a_result_at_the_same_time_count_once(pair: Pair) -> None
         receipt = call.result()
     except grpc.RpcError as superseded:  # if the slow one had begun before the other did
         told = refusal(superseded)[1:]
-        assert told == ("CorruptTransfer", "another attempt to send this result took over")
+        assert told == ("Unreachable", "another attempt to send this result took over")
         receipt = pair.alice.stub.ResumeUpload(pb.ResumeUploadRequest(header=header), timeout=PATIENCE_S).receipt
     assert receipt.verdict == pb.VERDICT_DUPLICATE
     pair.closes("accepted", 2)

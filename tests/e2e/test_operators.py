@@ -100,6 +100,10 @@ def test_tables_are_for_people(federation: Federation) -> None:
 def test_what_is_unknown_is_named(federation: Federation) -> None:
     number = steer(federation, "rounds", "show", 99, "--run", "run")
     assert (number.code(), number.stderr) == (2, "choral: round 99 is unknown; `choral rounds list` shows those there are\n")
+    for command in (("rounds", "show", 2**63), ("rounds", "list", "--limit", 2**31), ("versions", "rollback", 2**63)):
+        refused = steer(federation, *command)
+        assert refused.code() == 2
+        assert "Invalid value for" in refused.stderr
     run = steer(federation, "versions", "list", "--run", "other")
     assert run.code() == 2
     assert run.stderr.startswith("choral: run 'other' is unknown; there are run")

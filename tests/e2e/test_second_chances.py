@@ -117,10 +117,14 @@ def test_a_whole_upload_whose_receipt_was_lost_is_not_sent_again(quick: Federati
         with pytest.raises(grpc.RpcError):
             alice.upload(alice.header(part))
     assert doomed.code() == -signal.SIGKILL
+    stray = quick.folder / "state" / "spool" / "run" / "99" / "alice.0123456789abcdef.upload"
+    stray.parent.mkdir()
+    stray.write_bytes(b"of a round that nobody goes on with")
     again = quick.start_coordinator()
     again.saw("coordinator ready")
     with Scripted(quick, hello("alice")) as alice:
         assert alice.hear("assignment").id == part
+        assert not stray.parent.exists()
         header = alice.header(part)
         header.offset = alice.stub.ResumeUpload(pb.ResumeUploadRequest(header=header), timeout=PATIENCE_S).offset
         assert header.offset == 12  # all of it
@@ -142,6 +146,58 @@ def test_a_version_that_is_damaged_is_not_gone_back_to(quick: Federation) -> Non
     shutil.copy(quick.versions / "000001.safetensors", quick.versions / "000007.safetensors")  # of an attempt that died
     assert "has no version 7" in quick.command("versions", "rollback", 7, "-c", quick.config).stderr
     assert (quick.versions / "latest.safetensors").readlink().name == "000001.safetensors"
+
+
+def test_a_rollback_that_was_promised_is_kept_though_the_coordinator_dies(quick: Federation) -> None:
+    run = {"rounds": 3, "cohort_size": 1, "schedule": {"interval_s": 3600}}
+    coordinator = quick.coordinator(run=run, evaluation={"clients": False}, exit_when_done=False)
+    with Scripted(quick, hello("alice")) as alice:
+        for number in range(2):
+            if number:
+                assert quick.command("rounds", "trigger", "-c", quick.config).code() == 0
+            alice.upload(alice.header(alice.hear("assignment").id))
+            coordinator.saw("round done", round=number)
+    coordinator.terminate()
+    assert coordinator.code() == 0
+    doomed = quick.start_coordinator(environment={"CHORAL_FAILPOINT": "version-published:before"})
+    doomed.saw("coordinator ready")
+    quick.command("versions", "rollback", 0, "-c", quick.config)
+    assert doomed.code() == -signal.SIGKILL
+    again = quick.start_coordinator()
+    again.saw("rolled back", to=0, version=3)
+    assert [row["what"] for row in quick.rows("events", "--run", "run")] == ["rolled back", "rollback asked for"]
+
+
+def test_a_state_folder_that_goes_away_pauses_the_run(quick: Federation) -> None:
+    run = {"rounds": 2, "cohort_size": 1, "schedule": {"interval_s": 3600}}
+    coordinator = quick.coordinator(run=run, evaluation={"clients": False}, database=f"sqlite:///{quick.folder / 'choral.db'}")
+    quick.client("alice")
+    coordinator.saw("round done", round=0)
+    state, elsewhere = quick.folder / "state", quick.folder / "elsewhere"
+    with quick.admin() as admin:
+        admin.ListRuns(admin_pb2.ListRunsRequest(), timeout=PATIENCE_S)  # the socket stays connected when its name goes
+        state.rename(elsewhere)
+        admin.TriggerRound(admin_pb2.TriggerRoundRequest(), timeout=PATIENCE_S)
+        trouble = coordinator.saw("in trouble", subject="disk")
+        assert trouble["reason"].startswith(f"{state} is gone, or not the folder that it was at the start: put it back")
+        elsewhere.rename(state)
+        coordinator.saw("trouble over", subject="disk")
+    coordinator.saw("round done", round=1)
+    assert coordinator.code() == 0
+
+
+def test_what_strangers_say_is_shown_as_it_is(quick: Federation) -> None:
+    coordinator = quick.coordinator(run={"rounds": 1, "cohort_size": 1, "max_abandoned": 1}, exit_when_done=False)
+    words = "[/x] [red]\x1b[31m"
+    with Scripted(quick, hello("alice", software=words)) as alice:
+        part = alice.hear("assignment").id
+        alice.say(pb.AttendRequest(status=pb.Status(assignment=part, phase=pb.PHASE_DECLINED, reason=words)))
+        coordinator.saw("run over", state="failed")
+        for command in (("clients", "list"), ("rounds", "list"), ("rounds", "show", 0), ("events",), ("runs", "list"), ("doctor",)):
+            shown = quick.start("shown", *command, "-c", quick.config, environment={"COLUMNS": 400})
+            assert shown.code() == (1 if command == ("doctor",) else 0), shown.stderr
+            assert "[/x] [red]\ufffd[31m" in shown.stdout
+            assert "\x1b" not in shown.stdout
 
 
 def test_what_strangers_say_is_cut(quick: Federation) -> None:

@@ -208,13 +208,13 @@ async def test_pruning_keeps_the_newest_and_what_is_wanted(
     assert _kept(folder) == sorted([*here, "latest.safetensors"])
 
 
-async def test_pruning_takes_what_a_crash_left_beyond_the_latest(make: Make, artifacts: Artifacts) -> None:
+async def test_pruning_takes_nothing_beyond_the_latest(make: Make) -> None:
+    """What a crash left there is written anew; and were the database older than the versions, they would all be there."""
     checkpoints = make(2)
-    for number in (1, 2, 3):
+    for number in range(1, 6):
         await checkpoints.write(number, b"x", b"y")
-    await checkpoints.prune({2}, 2)
-    kept = await artifacts.list("runs/run/versions/")
-    assert {key.removeprefix("runs/run/versions/")[:6] for key in kept} == {"000001", "000002"}
+    await checkpoints.prune({3}, 3)
+    assert await checkpoints.numbers() == [2, 3, 4, 5]
 
 
 async def test_copies_of_versions_that_are_gone_from_the_store_go_too(make: Make, artifacts: Artifacts, folder: Path) -> None:

@@ -518,7 +518,22 @@ async def test_a_damaged_checkpoint_is_named(home: Home) -> None:
     assert str(refused.value) == f"version 0 is damaged ({path}): restore it from a backup"
 
 
-async def test_a_database_that_is_older_than_its_versions_says_so(home: Home) -> None:
+async def test_versions_that_the_database_does_not_know_are_not_written_over(home: Home) -> None:
+    """The database was lost, or is another: what was trained must not go with it."""
+    await trained(await home.open(), home)
+    await home.end()
+    (home.folder / "choral.db").unlink()
+    await home.start()
+    before = {path: path.read_bytes() for path in home.folder.rglob("*.safetensors")}
+    with pytest.raises(
+        ConfigError, match=r"000001\.safetensors is there, and the database knows no such run: restore a backup, give"
+    ):
+        await home.open()
+    assert {path: path.read_bytes() for path in home.folder.rglob("*.safetensors")} == before
+    assert (await home.open(config({"name": "other"}))).version.number == 0
+
+
+async def test_a_run_without_its_newest_version_in_the_database_says_so(home: Home) -> None:
     run = await home.open()
     await home.store.commit(replace(run.record, latest=7))
     with pytest.raises(ConfigError, match=r"^run run: the database has no version 7: restore a backup$"):
@@ -598,7 +613,9 @@ async def test_going_back_to_what_is_not_kept_any_more_changes_nothing(home: Hom
     run = await home.open(config({"keep_versions": 1}))
     await trained(run, home, [([1.0, 0.0, 0.0], 1)])
     before = run.model.weights
-    with pytest.raises(ConfigError, match=r"^version 0 is missing"):
+    with pytest.raises(
+        UnknownVersion, match=r"^version 0 is not kept any more .*: the newest that are, are 1$"
+    ):
         await run.roll_back(0, NOON)
     assert (run.version.number, run.model.weights.tolist()) == (1, before.tolist())
     await trained(run, home)

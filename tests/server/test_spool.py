@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from choral.errors import CorruptTransfer, OutOfSpace
+from choral.errors import CorruptTransfer, OutOfSpace, Unreachable
 from choral.messages import UploadHeader
 from choral.plan import Kind
 from choral_server.rounds import Part, PartState, Round
@@ -105,7 +106,7 @@ async def test_a_second_attempt_takes_over_from_one_that_hangs(spool: RoundSpool
     await seen.wait()
     path = await spool.store(header(offset=3), pieces(b"def"))
     hanging.set()
-    with pytest.raises(CorruptTransfer, match="another attempt to send this result took over"):
+    with pytest.raises(Unreachable, match="another attempt to send this result took over"):
         await first
     assert path.read_bytes() == PAYLOAD
 
@@ -127,7 +128,7 @@ async def test_a_round_that_ends_meanwhile_is_no_trouble_with_the_disk(tmp_path:
         yield PAYLOAD
         spool.clear()
 
-    with pytest.raises(CorruptTransfer, match="the round ended while the result arrived"):
+    with pytest.raises(Unreachable, match="the round ended while the result arrived"):
         await spool.store(header(), ending())
     assert troubles.present == {}
 
@@ -183,3 +184,23 @@ async def test_what_is_refused_goes_and_the_rest_stays(tmp_path: Path, spool: Ro
     assert two.exists()
     spool.drop([replace(accepted("bob"), digest=hashlib.sha256(b"x").digest())])
     assert not two.exists()
+
+
+async def test_a_whole_upload_is_durable_before_it_has_its_name(spool: RoundSpool, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[list[str]] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        names.append(sorted(path.suffix for path in spool.sum_path.parent.iterdir()))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    await spool.store(header(), pieces(PAYLOAD))
+    assert names == [[".part"], [".upload"]]  # the bytes, then the name
+
+
+async def test_a_whole_upload_is_held_and_taken_as_it_is(spool: RoundSpool) -> None:
+    path = await spool.store(header(), pieces(PAYLOAD))
+    assert spool.held(header()) == len(PAYLOAD)
+    assert await spool.store(header(offset=len(PAYLOAD)), pieces(b"")) == path
+    assert path.read_bytes() == PAYLOAD

@@ -132,6 +132,7 @@ class _Restoration:
                     f"artifacts: {self._artifacts.location(key)} is there already and another than in the backup: "
                     "move it away, or give another store"
                 )
+        await self._refuse_newer()
         for key in keys:
             if key in self._backup.files:
                 self._size_bytes += await self._put(key, key in there)
@@ -139,6 +140,16 @@ class _Restoration:
         for version in self._backup.versions:
             if version.key in needed:  # the copy that is served, if the store is elsewhere; and to see that the store has it
                 await self._checkpoints[version.run].fetch(version.number, version.reference)
+
+    async def _refuse_newer(self) -> None:
+        """Raises ConfigError: the store has versions that the run would write over as it goes on."""
+        for run in self._backup.runs:
+            checkpoints = self._checkpoints[run["name"]]
+            if (newest := max(await checkpoints.numbers(), default=0)) > run["latest"]:
+                raise ConfigError(
+                    f"artifacts: {checkpoints.location(newest)} is newer than the backup, in which the newest version of run "
+                    f"{run['name']} is {run['latest']}: move the newer versions away, or give another store"
+                )
 
     async def write_rows(self, lease: Lease) -> None:
         """Write all rows in one transaction, which fails if another has written some meanwhile."""

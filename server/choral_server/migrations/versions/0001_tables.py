@@ -31,6 +31,7 @@ def upgrade() -> None:
         sa.Column("stale", sa.BigInteger, nullable=False),
         sa.Column("opened_at", moment),
         sa.Column("nonce", sa.Text, nullable=False),
+        sa.Column("back_to", sa.BigInteger),
         sa.PrimaryKeyConstraint("name", name="pk_runs"),
     )
     op.create_table(
