@@ -169,7 +169,8 @@ def _cause(error: BaseException) -> str:
 
 def _unusable(name: str, error: BaseException) -> ConfigError:
     return ConfigError(
-        f"database: {name} cannot be used ({_cause(error)}): see that it is there, unlocked, and lets this user in, or give another"
+        f"database: {name} cannot be used ({_cause(error)}): see that it is there, unlocked and whole, and lets this user in; "
+        "or restore a backup, or give another"
     )
 
 

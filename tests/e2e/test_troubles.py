@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -132,6 +133,8 @@ def test_of_two_coordinators_on_one_database_one_works(quick: Federation, postgr
     second = quick.config.with_name("second.yaml")
     second.write_text(quick.config.read_text().replace("state: state", "state: state-2"))
 
+    (quick.folder / "state-2").mkdir()
+    shutil.copy(quick.folder / "state" / "holder", quick.folder / "state-2" / "holder")  # a copy is another coordinator
     refused = quick.start("second", "server", "-c", second, environment=object_store.credentials())
     assert refused.code() == 2
     assert "is in use by coordinator " in refused.stderr

@@ -656,6 +656,16 @@ async def test_another_file_in_the_place_of_a_version(taken: Path, there: Server
         await restore(there, taken, LATER)
 
 
+async def test_versions_newer_than_the_backup_are_not_written_over(taken: Path, there: ServerConfig) -> None:
+    newer = there.state / "runs/run/versions/000004.safetensors"
+    newer.parent.mkdir(parents=True)
+    newer.write_bytes(b"trained since")
+    with pytest.raises(ConfigError, match=rf"{newer} is newer than the backup, in which the newest version of run run is 3: move"):
+        await restore(there, taken, LATER)
+    assert await files(there) == {"runs/run/versions/000004.safetensors": b"trained since"}
+    assert not any((await rows(there)).values())
+
+
 async def test_the_same_files_in_the_place_of_the_versions(taken: Path, here: ServerConfig, there: ServerConfig) -> None:
     """The database alone was lost."""
     shutil.copytree(here.state / "runs", there.state / "runs", symlinks=True)

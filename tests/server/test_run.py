@@ -613,9 +613,7 @@ async def test_going_back_to_what_is_not_kept_any_more_changes_nothing(home: Hom
     run = await home.open(config({"keep_versions": 1}))
     await trained(run, home, [([1.0, 0.0, 0.0], 1)])
     before = run.model.weights
-    with pytest.raises(
-        UnknownVersion, match=r"^version 0 is not kept any more .*: the newest that are, are 1$"
-    ):
+    with pytest.raises(UnknownVersion, match=r"^version 0 is not kept any more .*: the newest that are, are 1$"):
         await run.roll_back(0, NOON)
     assert (run.version.number, run.model.weights.tolist()) == (1, before.tolist())
     await trained(run, home)
