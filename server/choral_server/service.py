@@ -87,12 +87,14 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 message = f"offset {request.offset} is outside the {size} bytes of version {request.version}: begin at 0"
                 await abort(context, InvalidMessage(message))
             offset = file.seek(request.offset)
-            while piece := file.read(wire.CHUNK_BYTES):
-                yield pb.DownloadResponse(chunk=wire.chunk(piece, offset))
-                offset += len(piece)
-                if request.client:
-                    self._transfers.moved(request.client)
-        self._transfers.ended(request.client)
+            try:
+                while piece := file.read(wire.CHUNK_BYTES):
+                    yield pb.DownloadResponse(chunk=wire.chunk(piece, offset))
+                    offset += len(piece)
+                    if request.client:
+                        self._transfers.moved(request.client)
+            finally:
+                self._transfers.ended(request.client)
 
     async def Upload(self, requests: AsyncIterator[pb.UploadRequest], context: Context) -> pb.UploadResponse:
         """Take in one result and answer with its receipt."""
