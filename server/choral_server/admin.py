@@ -96,6 +96,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     async def ListEvents(self, request: pb.ListEventsRequest, context: Context) -> pb.ListEventsResponse:
         """What happened."""
+        if request.run:
+            await self._named(request.run, context)
         events = await self._done(context, self._store.events(request.limit or _DEFAULT_LIMIT, request.run, request.client))
         return pb.ListEventsResponse(events=map(messages.event, events))
 

@@ -104,6 +104,7 @@ def test_what_is_unknown_is_named(federation: Federation) -> None:
         refused = steer(federation, *command)
         assert refused.code() == 2
         assert "Invalid value for" in refused.stderr
-    run = steer(federation, "versions", "list", "--run", "other")
-    assert run.code() == 2
-    assert run.stderr.startswith("choral: run 'other' is unknown; there are run")
+    for listing in (("versions", "list"), ("rounds", "list"), ("events",)):
+        run = steer(federation, *listing, "--run", "other")
+        assert run.code() == 2
+        assert run.stderr.startswith("choral: run 'other' is unknown; there are run")
