@@ -240,6 +240,25 @@ async def test_who_is_away_for_long_is_not_waited_for_if_there_is_a_quorum(home:
     assert states(await collecting) == {"alice": "accepted", "bob": "cancelled"}
 
 
+async def test_who_is_away_while_its_result_arrives_is_waited_for(home: Home) -> None:
+    here = await floor(home, absence_s=SHORT_S)
+    here.join("alice", "bob")
+    collecting = here.begin(collection := await here.asked("alice", "bob"))
+    here.transfers.moved("bob")
+    here.leave("bob")
+    await sends(collection, "alice")
+    await asyncio.wait({collecting}, timeout=10 * SHORT_S)
+    assert not collecting.done()
+    here.time_s += LONG_S  # and nothing of it has moved
+    assert states(await collecting) == {"alice": "accepted", "bob": "cancelled"}
+
+
+async def test_the_bound_is_that_of_the_round_though_the_configuration_asks_for_less_now(home: Home) -> None:
+    here = await floor(home, cohort_size=1)
+    collection = await here.asked("alice", "bob", "carol")
+    assert collection.bounds().cohort_size == 3  # or their sum could overflow
+
+
 async def test_who_is_quarantined_within_a_round_is_told_and_replaced(home: Home) -> None:
     here = await floor(home)
     here.join("alice", "bob", "carol")
