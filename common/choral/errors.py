@@ -15,6 +15,11 @@
     ├── LeaseLost            another coordinator has taken over the database
     ├── Declined             this client will not do the assignment
     └── Refused              the coordinator said no
+        ├── Unauthenticated      no certificate, or none that the coordinator accepts
+        ├── Revoked              the certificate's owner does not belong any more
+        ├── NotAllowed           the caller's role does not allow it, or it is another's
+        ├── TokenRefused         an enrolment token that is not valid, or not any more
+        ├── LimitExceeded        more, or more at once, than anyone may       (try again)
         ├── ProtocolMismatch     the two sides speak different versions
         ├── TaskMismatch         another task, or another version of it
         ├── ManifestMismatch     the same task with a different model
@@ -130,6 +135,37 @@ class Refused(ChoralError):
 
     grpc_code = "FAILED_PRECONDITION"
     exit_code = 8
+
+
+class Unauthenticated(Refused):
+    """The caller shows no certificate, or none that the coordinator accepts."""
+
+    grpc_code = "UNAUTHENTICATED"
+
+
+class Revoked(Refused):
+    """The certificate's owner does not belong any more."""
+
+    grpc_code = "PERMISSION_DENIED"
+
+
+class NotAllowed(Refused):
+    """The caller's role does not allow it, or what it asks for is another's."""
+
+    grpc_code = "PERMISSION_DENIED"
+
+
+class TokenRefused(Refused):
+    """An enrolment token is not valid, or not any more."""
+
+    grpc_code = "UNAUTHENTICATED"
+
+
+class LimitExceeded(Refused):
+    """More, or more at once, than anyone may ask for."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    retryable = True
 
 
 class ProtocolMismatch(Refused):

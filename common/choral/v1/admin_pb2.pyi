@@ -3,7 +3,7 @@
 isort:skip_file
 The contract between the coordinator and its operators.
 
-Served on an address of its own (a Unix socket by default), never to clients.
+Served on a Unix socket in the coordinator's state folder, and to certificates of operators and viewers.
 """
 
 import builtins
@@ -657,6 +657,189 @@ class Finding(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["cure", b"cure", "found", b"found", "good", b"good", "subject", b"subject"]) -> None: ...
 
 global___Finding = Finding
+
+@typing.final
+class IssueTokenRequest(google.protobuf.message.Message):
+    """Asks for a token."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    EXPIRES_S_FIELD_NUMBER: builtins.int
+    REPLACE_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The name that its bearer will have. 1 to 64 letters, digits, dots, dashes and underscores."""
+    role: builtins.str
+    """What its bearer may do: device, operator or viewer; empty: device."""
+    expires_s: builtins.float
+    """For how long it can be used. Unit: seconds. 0: one hour."""
+    replace: builtins.bool
+    """Whether it may take the place of a member of that name, whose certificate is void once it is used."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        role: builtins.str = ...,
+        expires_s: builtins.float = ...,
+        replace: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["expires_s", b"expires_s", "name", b"name", "replace", b"replace", "role", b"role"]) -> None: ...
+
+global___IssueTokenRequest = IssueTokenRequest
+
+@typing.final
+class IssueTokenResponse(google.protobuf.message.Message):
+    """The token. It is shown once: only a hash of it is kept."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: builtins.int
+    EXPIRES_AT_FIELD_NUMBER: builtins.int
+    token: builtins.str
+    """To be given to `choral client enrol`."""
+    @property
+    def expires_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it expires."""
+
+    def __init__(
+        self,
+        *,
+        token: builtins.str = ...,
+        expires_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["expires_at", b"expires_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["expires_at", b"expires_at", "token", b"token"]) -> None: ...
+
+global___IssueTokenResponse = IssueTokenResponse
+
+@typing.final
+class ListMembersRequest(google.protobuf.message.Message):
+    """Asks for the members."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___ListMembersRequest = ListMembersRequest
+
+@typing.final
+class ListMembersResponse(google.protobuf.message.Message):
+    """The members."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MEMBERS_FIELD_NUMBER: builtins.int
+    @property
+    def members(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Member]:
+        """By name."""
+
+    def __init__(
+        self,
+        *,
+        members: collections.abc.Iterable[global___Member] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["members", b"members"]) -> None: ...
+
+global___ListMembersResponse = ListMembersResponse
+
+@typing.final
+class RevokeMemberRequest(google.protobuf.message.Message):
+    """Asks for the end of somebody's membership."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name."""
+    reason: builtins.str
+    """Why, in words for people."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "reason", b"reason"]) -> None: ...
+
+global___RevokeMemberRequest = RevokeMemberRequest
+
+@typing.final
+class RevokeMemberResponse(google.protobuf.message.Message):
+    """The revoked member."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MEMBER_FIELD_NUMBER: builtins.int
+    @property
+    def member(self) -> global___Member:
+        """Its state."""
+
+    def __init__(
+        self,
+        *,
+        member: global___Member | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["member", b"member"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["member", b"member"]) -> None: ...
+
+global___RevokeMemberResponse = RevokeMemberResponse
+
+@typing.final
+class Member(google.protobuf.message.Message):
+    """Somebody who belongs, or did."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
+    SIGNING_KEY_FIELD_NUMBER: builtins.int
+    ENROLLED_AT_FIELD_NUMBER: builtins.int
+    EXPIRES_AT_FIELD_NUMBER: builtins.int
+    REVOKED_AT_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name, as in its certificate."""
+    role: builtins.str
+    """What it may do: device, operator or viewer."""
+    key: builtins.bytes
+    """SHA-256 of the public key of its certificate. Unit: 32 raw bytes; empty if its certificate is not ours."""
+    signing_key: builtins.bytes
+    """Its public Ed25519 key. Unit: 32 raw bytes; empty if its certificate is not ours."""
+    reason: builtins.str
+    """Why it was revoked, in words for people."""
+    @property
+    def enrolled_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it enrolled; absent if its certificate is not ours."""
+
+    @property
+    def expires_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When its newest certificate expires; absent if its certificate is not ours."""
+
+    @property
+    def revoked_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was revoked; absent if it is in force."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        role: builtins.str = ...,
+        key: builtins.bytes = ...,
+        signing_key: builtins.bytes = ...,
+        enrolled_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        expires_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        revoked_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["enrolled_at", b"enrolled_at", "expires_at", b"expires_at", "revoked_at", b"revoked_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["enrolled_at", b"enrolled_at", "expires_at", b"expires_at", "key", b"key", "name", b"name", "reason", b"reason", "revoked_at", b"revoked_at", "role", b"role", "signing_key", b"signing_key"]) -> None: ...
+
+global___Member = Member
 
 @typing.final
 class WatchRequest(google.protobuf.message.Message):

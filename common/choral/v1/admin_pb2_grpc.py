@@ -85,6 +85,21 @@ class AdminStub(object):
                 request_serializer=choral_dot_v1_dot_admin__pb2.DiagnoseRequest.SerializeToString,
                 response_deserializer=choral_dot_v1_dot_admin__pb2.DiagnoseResponse.FromString,
                 )
+        self.IssueToken = channel.unary_unary(
+                '/choral.v1.Admin/IssueToken',
+                request_serializer=choral_dot_v1_dot_admin__pb2.IssueTokenRequest.SerializeToString,
+                response_deserializer=choral_dot_v1_dot_admin__pb2.IssueTokenResponse.FromString,
+                )
+        self.ListMembers = channel.unary_unary(
+                '/choral.v1.Admin/ListMembers',
+                request_serializer=choral_dot_v1_dot_admin__pb2.ListMembersRequest.SerializeToString,
+                response_deserializer=choral_dot_v1_dot_admin__pb2.ListMembersResponse.FromString,
+                )
+        self.RevokeMember = channel.unary_unary(
+                '/choral.v1.Admin/RevokeMember',
+                request_serializer=choral_dot_v1_dot_admin__pb2.RevokeMemberRequest.SerializeToString,
+                response_deserializer=choral_dot_v1_dot_admin__pb2.RevokeMemberResponse.FromString,
+                )
         self.Watch = channel.unary_stream(
                 '/choral.v1.Admin/Watch',
                 request_serializer=choral_dot_v1_dot_admin__pb2.WatchRequest.SerializeToString,
@@ -194,6 +209,27 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def IssueToken(self, request, context):
+        """A one-time token with which somebody enrols.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListMembers(self, request, context):
+        """Everybody who has enrolled or was revoked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeMember(self, request, context):
+        """Let somebody in no more: open streams end at once, certificates and unused tokens are void.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """What happens, as it happens: first a snapshot of the run and the clients, then one message per change.
         """
@@ -273,6 +309,21 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Diagnose,
                     request_deserializer=choral_dot_v1_dot_admin__pb2.DiagnoseRequest.FromString,
                     response_serializer=choral_dot_v1_dot_admin__pb2.DiagnoseResponse.SerializeToString,
+            ),
+            'IssueToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueToken,
+                    request_deserializer=choral_dot_v1_dot_admin__pb2.IssueTokenRequest.FromString,
+                    response_serializer=choral_dot_v1_dot_admin__pb2.IssueTokenResponse.SerializeToString,
+            ),
+            'ListMembers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMembers,
+                    request_deserializer=choral_dot_v1_dot_admin__pb2.ListMembersRequest.FromString,
+                    response_serializer=choral_dot_v1_dot_admin__pb2.ListMembersResponse.SerializeToString,
+            ),
+            'RevokeMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeMember,
+                    request_deserializer=choral_dot_v1_dot_admin__pb2.RevokeMemberRequest.FromString,
+                    response_serializer=choral_dot_v1_dot_admin__pb2.RevokeMemberResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -525,6 +576,57 @@ class Admin(object):
         return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/Diagnose',
             choral_dot_v1_dot_admin__pb2.DiagnoseRequest.SerializeToString,
             choral_dot_v1_dot_admin__pb2.DiagnoseResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def IssueToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/IssueToken',
+            choral_dot_v1_dot_admin__pb2.IssueTokenRequest.SerializeToString,
+            choral_dot_v1_dot_admin__pb2.IssueTokenResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ListMembers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/ListMembers',
+            choral_dot_v1_dot_admin__pb2.ListMembersRequest.SerializeToString,
+            choral_dot_v1_dot_admin__pb2.ListMembersResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def RevokeMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/RevokeMember',
+            choral_dot_v1_dot_admin__pb2.RevokeMemberRequest.SerializeToString,
+            choral_dot_v1_dot_admin__pb2.RevokeMemberResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -3,7 +3,7 @@
 isort:skip_file
 The contract between the coordinator and its operators.
 
-Served on an address of its own (a Unix socket by default), never to clients.
+Served on a Unix socket in the coordinator's state folder, and to certificates of operators and viewers.
 """
 
 import abc
@@ -108,6 +108,24 @@ class AdminStub:
     ]
     """Why the run moves, or does not."""
 
+    IssueToken: grpc.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.IssueTokenRequest,
+        choral.v1.admin_pb2.IssueTokenResponse,
+    ]
+    """A one-time token with which somebody enrols."""
+
+    ListMembers: grpc.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.ListMembersRequest,
+        choral.v1.admin_pb2.ListMembersResponse,
+    ]
+    """Everybody who has enrolled or was revoked."""
+
+    RevokeMember: grpc.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.RevokeMemberRequest,
+        choral.v1.admin_pb2.RevokeMemberResponse,
+    ]
+    """Let somebody in no more: open streams end at once, certificates and unused tokens are void."""
+
     Watch: grpc.UnaryStreamMultiCallable[
         choral.v1.admin_pb2.WatchRequest,
         choral.v1.admin_pb2.WatchResponse,
@@ -200,6 +218,24 @@ class AdminAsyncStub:
         choral.v1.admin_pb2.DiagnoseResponse,
     ]
     """Why the run moves, or does not."""
+
+    IssueToken: grpc.aio.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.IssueTokenRequest,
+        choral.v1.admin_pb2.IssueTokenResponse,
+    ]
+    """A one-time token with which somebody enrols."""
+
+    ListMembers: grpc.aio.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.ListMembersRequest,
+        choral.v1.admin_pb2.ListMembersResponse,
+    ]
+    """Everybody who has enrolled or was revoked."""
+
+    RevokeMember: grpc.aio.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.RevokeMemberRequest,
+        choral.v1.admin_pb2.RevokeMemberResponse,
+    ]
+    """Let somebody in no more: open streams end at once, certificates and unused tokens are void."""
 
     Watch: grpc.aio.UnaryStreamMultiCallable[
         choral.v1.admin_pb2.WatchRequest,
@@ -321,6 +357,30 @@ class AdminServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[choral.v1.admin_pb2.DiagnoseResponse, collections.abc.Awaitable[choral.v1.admin_pb2.DiagnoseResponse]]:
         """Why the run moves, or does not."""
+
+    @abc.abstractmethod
+    def IssueToken(
+        self,
+        request: choral.v1.admin_pb2.IssueTokenRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[choral.v1.admin_pb2.IssueTokenResponse, collections.abc.Awaitable[choral.v1.admin_pb2.IssueTokenResponse]]:
+        """A one-time token with which somebody enrols."""
+
+    @abc.abstractmethod
+    def ListMembers(
+        self,
+        request: choral.v1.admin_pb2.ListMembersRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[choral.v1.admin_pb2.ListMembersResponse, collections.abc.Awaitable[choral.v1.admin_pb2.ListMembersResponse]]:
+        """Everybody who has enrolled or was revoked."""
+
+    @abc.abstractmethod
+    def RevokeMember(
+        self,
+        request: choral.v1.admin_pb2.RevokeMemberRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[choral.v1.admin_pb2.RevokeMemberResponse, collections.abc.Awaitable[choral.v1.admin_pb2.RevokeMemberResponse]]:
+        """Let somebody in no more: open streams end at once, certificates and unused tokens are void."""
 
     @abc.abstractmethod
     def Watch(

@@ -211,6 +211,7 @@ class Hello(google.protobuf.message.Message):
     MANIFEST_FIELD_NUMBER: builtins.int
     EXAMPLES_FIELD_NUMBER: builtins.int
     SOFTWARE_FIELD_NUMBER: builtins.int
+    HISTORY_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """The contract's version that the client speaks. This file describes version 1."""
     client: builtins.str
@@ -229,6 +230,10 @@ class Hello(google.protobuf.message.Message):
     def manifest(self) -> choral.v1.model_pb2.Manifest:
         """The installed task's model; must equal the coordinator's."""
 
+    @property
+    def history(self) -> global___Head:
+        """The newest head of the coordinator's history that this client was handed; absent if it was handed none."""
+
     def __init__(
         self,
         *,
@@ -240,9 +245,10 @@ class Hello(google.protobuf.message.Message):
         manifest: choral.v1.model_pb2.Manifest | None = ...,
         examples: builtins.int = ...,
         software: builtins.str = ...,
+        history: global___Head | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["manifest", b"manifest"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["client", b"client", "examples", b"examples", "instance", b"instance", "manifest", b"manifest", "protocol_version", b"protocol_version", "software", b"software", "task", b"task", "task_version", b"task_version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["history", b"history", "manifest", b"manifest"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "examples", b"examples", "history", b"history", "instance", b"instance", "manifest", b"manifest", "protocol_version", b"protocol_version", "software", b"software", "task", b"task", "task_version", b"task_version"]) -> None: ...
 
 global___Hello = Hello
 
@@ -256,6 +262,7 @@ class Welcome(google.protobuf.message.Message):
     HEARTBEAT_S_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     NOTICE_FIELD_NUMBER: builtins.int
+    HISTORY_FIELD_NUMBER: builtins.int
     run: builtins.str
     """The run that it takes part in."""
     heartbeat_s: builtins.float
@@ -266,6 +273,10 @@ class Welcome(google.protobuf.message.Message):
     def version(self) -> choral.v1.model_pb2.ModelVersion:
         """The newest version."""
 
+    @property
+    def history(self) -> global___Head:
+        """Where the coordinator's history stands."""
+
     def __init__(
         self,
         *,
@@ -273,11 +284,44 @@ class Welcome(google.protobuf.message.Message):
         heartbeat_s: builtins.float = ...,
         version: choral.v1.model_pb2.ModelVersion | None = ...,
         notice: builtins.str = ...,
+        history: global___Head | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["version", b"version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["heartbeat_s", b"heartbeat_s", "notice", b"notice", "run", b"run", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["history", b"history", "version", b"version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["heartbeat_s", b"heartbeat_s", "history", b"history", "notice", b"notice", "run", b"run", "version", b"version"]) -> None: ...
 
 global___Welcome = Welcome
+
+@typing.final
+class Head(google.protobuf.message.Message):
+    """The end of the coordinator's history, a hash chain of what happened. Whoever was handed a head can tell later whether the history
+    that is shown still holds the entry.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
+    sequence: builtins.int
+    """Number of the newest entry, counted from 1."""
+    digest: builtins.bytes
+    """SHA-256 of that entry, which holds the digest of the entry before it. Unit: 32 raw bytes."""
+    signature: builtins.bytes
+    """The coordinator's Ed25519 signature of "choral history 1", the sequence (8 bytes, big-endian) and the digest. Unit: 64 raw bytes."""
+    key: builtins.bytes
+    """The public key that it is checked with; the same for the life of the coordinator. Unit: 32 raw bytes."""
+    def __init__(
+        self,
+        *,
+        sequence: builtins.int = ...,
+        digest: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
+        key: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "key", b"key", "sequence", b"sequence", "signature", b"signature"]) -> None: ...
+
+global___Head = Head
 
 @typing.final
 class Heartbeat(google.protobuf.message.Message):
@@ -327,6 +371,7 @@ class Assignment(google.protobuf.message.Message):
     ROUND_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     PLAN_FIELD_NUMBER: builtins.int
+    HISTORY_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Unique; names the result when it is uploaded."""
     round: builtins.int
@@ -339,6 +384,10 @@ class Assignment(google.protobuf.message.Message):
     def plan(self) -> global___Plan:
         """What to do."""
 
+    @property
+    def history(self) -> global___Head:
+        """Where the coordinator's history stands."""
+
     def __init__(
         self,
         *,
@@ -346,9 +395,10 @@ class Assignment(google.protobuf.message.Message):
         round: builtins.int = ...,
         version: choral.v1.model_pb2.ModelVersion | None = ...,
         plan: global___Plan | None = ...,
+        history: global___Head | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["plan", b"plan", "version", b"version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["id", b"id", "plan", b"plan", "round", b"round", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["history", b"history", "plan", b"plan", "version", b"version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["history", b"history", "id", b"id", "plan", b"plan", "round", b"round", "version", b"version"]) -> None: ...
 
 global___Assignment = Assignment
 
@@ -366,6 +416,7 @@ class Plan(google.protobuf.message.Message):
     LEARNING_RATE_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     EVALUATE_FIELD_NUMBER: builtins.int
+    COHORT_FIELD_NUMBER: builtins.int
     kind: choral.v1.model_pb2.RoundKind.ValueType
     """Which kind of work."""
     task: builtins.str
@@ -382,6 +433,8 @@ class Plan(google.protobuf.message.Message):
     """Seed of everything random on the client. The same plan gives the same update, bit for bit."""
     evaluate: builtins.bool
     """Whether to measure the version on the held-out examples before the work."""
+    cohort: builtins.int
+    """How many results the round is to be made of. Unit: clients."""
     def __init__(
         self,
         *,
@@ -393,8 +446,9 @@ class Plan(google.protobuf.message.Message):
         learning_rate: builtins.float = ...,
         seed: builtins.int = ...,
         evaluate: builtins.bool = ...,
+        cohort: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "evaluate", b"evaluate", "kind", b"kind", "learning_rate", b"learning_rate", "seed", b"seed", "task", b"task", "task_version", b"task_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "cohort", b"cohort", "epochs", b"epochs", "evaluate", b"evaluate", "kind", b"kind", "learning_rate", b"learning_rate", "seed", b"seed", "task", b"task", "task_version", b"task_version"]) -> None: ...
 
 global___Plan = Plan
 
