@@ -21,10 +21,14 @@ from typing import Any
 import grpc
 import numpy as np
 import yaml
+from choral.address import HostPort
 from choral.errors import ChoralError, Unreachable
 from choral.plan import Kind
+from choral.token import Token
 from choral.v1 import admin_pb2 as pb
 from choral.wire import KINDS
+from choral_client.enrolment import enrol, tls
+from choral_deploy.given import hand_over
 from choral_deploy.operator import Operator
 from choral_deploy.processes import Child, Children, started
 from choral_server.trust import make_authority
@@ -47,7 +51,7 @@ class Federation:
     def __init__(self, folder: Path, task: str, children: Children, processes: asyncio.TaskGroup) -> None:
         self.clients: list[Child] = []
         self.address = ""
-        self.operator = Operator(folder / "state" / "admin.sock")
+        self.operator = Operator(str(folder / "state" / "admin.sock"))
         self._folder = folder
         self._task = task
         self._children = children
@@ -75,12 +79,13 @@ class Federation:
                 "--server": address or self.address,
                 "--task": self._task,
                 "--data": self._folder / "shard.csv",
-                "--ca": self._folder / "ca.pem",
+                "--token": self._folder / f"{name}.token",
                 "--state": self._folder / name,
                 "--holdout": 0,
                 "--threads": 1,
                 "--log-level": "warning",
             }
+            hand_over(self._folder / f"{name}.token", await self.operator.token(name))
             client = await self._start(name, ["client", *(part for option in options.items() for part in option)])
             self._processes.create_task(_succeed(client))
             self.clients.append(client)
@@ -109,7 +114,9 @@ class Federation:
 
     async def bare_call_s(self, calls: int = 300) -> float:
         """Median seconds of a unary call over TLS to the coordinator: while it waits, this is what this machine can do."""
-        credentials = grpc.ssl_channel_credentials((self._folder / "ca.pem").read_bytes())
+        token = Token.parse(await self.operator.token("bare-caller"))
+        known = await enrol(token, HostPort.parse(self.address), self._folder / "bare-caller")
+        credentials = tls(known.credentials)
         async with grpc.aio.secure_channel(self.address, credentials) as channel:
             check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
             taken = []
@@ -188,7 +195,7 @@ def _prepare(folder: Path, task: str, run: Mapping[str, Any], rows: int, config:
     (folder / "shard.csv").write_text("x,y\n" + "1.0,0.0\n" * rows)
     content = {
         "listen": "127.0.0.1:0",
-        "tls": {"certificate": "server.pem", "key": "server.key"},
+        "tls": {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem", "ca_key": "ca.key"},
         "state": "state",
         "task": task,
         "run": {"keep_versions": 2, **run},

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import signal
-from pathlib import Path
 
 import structlog
 from choral import __version__
-from choral.errors import ConfigError, TrustError
+from choral.errors import ConfigError
 from choral.messages import Hello
 from choral.task import load_task
 from choral.wire import PROTOCOL_VERSION
-from cryptography import x509
 
 from choral_client.agent import Agent
 from choral_client.config import ClientConfig
 from choral_client.data import load_shard
+from choral_client.membership import belonging, keep
 from choral_client.transport import GrpcTransport
 from choral_client.work import Work, set_threads
 
@@ -31,22 +31,18 @@ async def attend(config: ClientConfig) -> None:
     """
     try:
         config.folder.mkdir(parents=True, exist_ok=True)
-        ca = config.ca.read_bytes() if config.ca is not None else None
     except OSError as error:
-        if config.ca is not None and str(error.filename) == str(config.ca):
-            raise TrustError(f"ca: {config.ca} cannot be read ({error.strerror}): copy the coordinator's ca.pem here") from error
         raise ConfigError(
             f"state: {config.folder} cannot be used ({error.strerror}): give a folder that this user may write"
         ) from error
-    if ca is not None:
-        _check_certificate(ca, config.ca)
+    known = await belonging(config)
     set_threads(config.threads)
     task = load_task(config.task)
     shard = load_shard(task, config.data, config.holdout)
     work = Work(task, shard)
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
-        client=config.name,
+        client=known.name,
         instance=secrets.token_hex(8),
         task=task.name,
         task_version=task.version,
@@ -54,7 +50,7 @@ async def attend(config: ClientConfig) -> None:
         examples=shard.size,
         software=__version__,
     )
-    transport = GrpcTransport(str(config.server), ca, config.name)
+    transport = GrpcTransport(str(known.server), known.credentials, known.name)
     agent = Agent(
         transport,
         hello,
@@ -65,20 +61,16 @@ async def attend(config: ClientConfig) -> None:
         longest_pause_s=config.longest_pause_s,
     )
     life = asyncio.create_task(agent.live())
+    keeping = asyncio.create_task(keep(known.identity, transport, random.Random())) if known.identity is not None else None  # noqa: S311
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, life.cancel)
-    log.info("client starts", name=config.name, task=task.name, examples=shard.size, server=str(config.server))
+    log.info("client starts", name=known.name, task=task.name, examples=shard.size, server=str(known.server))
     try:
         await life
     except asyncio.CancelledError:
         log.info("client ends", reason="it was told to")
     finally:
+        if keeping is not None:
+            keeping.cancel()
         await transport.close()
-
-
-def _check_certificate(content: bytes, path: Path | None) -> None:
-    try:
-        x509.load_pem_x509_certificates(content)
-    except ValueError as error:
-        raise TrustError(f"ca: {path} holds no certificate in PEM form: copy the coordinator's ca.pem here") from error

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 
 from choral.address import Address
 from choral.config import Settings
+from choral.names import NAME
 from pydantic import Field, model_validator
 
 FilePath = Annotated[Path, Field(strict=False)]
@@ -15,10 +16,11 @@ FilePath = Annotated[Path, Field(strict=False)]
 class ClientConfig(Settings):
     """The whole file; each key is also a flag."""
 
-    server: Address
-    """host:port of the coordinator, as its certificate names it"""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
-    """this client's name, unique in the federation: 1 to 64 letters, digits, dots, dashes and underscores"""
+    server: Address | None = None
+    """host:port of the coordinator, as its certificate names it; that at which this client enrolled, if not given"""
+    name: Annotated[str, Field(pattern=NAME)] | None = None
+    """this client's name, unique in the federation: 1 to 64 letters, digits, dots, dashes and underscores; that under which it
+    enrolled, if state is given"""
     task: str
     """module:attribute of the task installed here"""
     data: FilePath
@@ -26,8 +28,14 @@ class ClientConfig(Settings):
     state: FilePath | None = None
     """folder for the newest model, results on their way and what this client is doing; choral-NAME in the working directory, if not
     given"""
+    token: FilePath | None = None
+    """file with a token, with which this client enrols if it has not yet; `choral client enrol` does the same"""
     ca: FilePath | None = None
-    """PEM file of the authority that signed the coordinator's certificate (its ca.pem)"""
+    """PEM file of the authority that signed the coordinator's certificate; for a client with a certificate of yours"""
+    certificate: FilePath | None = None
+    """PEM file with this client's certificate, whose common name is its name; with ca and key"""
+    key: FilePath | None = None
+    """PEM file with the private key of that certificate"""
     plaintext: bool = False
     """connect without TLS; allowed to loopback addresses only"""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -44,14 +52,28 @@ class ClientConfig(Settings):
     @property
     def folder(self) -> Path:
         """The state folder in force."""
-        return self.state if self.state is not None else Path(f"choral-{self.name}")
+        return self.state if self.state is not None else folder_of(self.name or "")
 
     @model_validator(mode="after")
     def _protected(self) -> Self:
-        if self.ca is None and not self.plaintext:
-            raise ValueError("ca is missing: give the coordinator's ca.pem")
-        if self.plaintext and self.ca is not None:
-            raise ValueError("plaintext contradicts ca: remove one of them")
-        if self.plaintext and not self.server.is_loopback:
-            raise ValueError(f"plaintext is allowed on loopback only, not to {self.server.host}: give ca")
+        if self.name is None and self.state is None:
+            raise ValueError("name is missing: give the name under which this client enrolled, or state, the folder where it did")
+        given = [name for name in ("ca", "certificate", "key") if getattr(self, name) is not None]
+        if 0 < len(given) < 3:
+            raise ValueError(f"{' and '.join(given)} alone will not do: give ca, certificate and key, or none of them and enrol")
+        if self.plaintext and (given or self.token):
+            raise ValueError(f"plaintext contradicts {(*given, 'token')[0]}: remove one of them")
+        if self.token is not None and given:
+            raise ValueError("token contradicts ca, certificate and key: remove one or the others")
+        if (self.plaintext or given) and (self.name is None or self.server is None):
+            raise ValueError("name and server are needed by a client that does not enrol")
+        if self.token is not None and self.server is None:
+            raise ValueError("server is missing: a token does not say where the coordinator is")
+        if self.plaintext and self.server is not None and not self.server.is_loopback:
+            raise ValueError(f"plaintext is allowed on loopback only, not to {self.server.host}: enrol")
         return self
+
+
+def folder_of(name: str) -> Path:
+    """The state folder of the client of that name, unless it is told another."""
+    return Path(f"choral-{name}")

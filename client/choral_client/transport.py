@@ -10,10 +10,13 @@ from typing import Any, Protocol
 import grpc
 from choral import wire
 from choral.errors import CorruptTransfer, InvalidMessage, Unreachable
+from choral.identity import Credentials
 from choral.messages import FromClient, FromCoordinator, Hello, Receipt, UploadHeader, VersionRef
 from choral.status import from_rpc
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
+
+from choral_client.enrolment import tls
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", wire.MESSAGE_BYTES),
@@ -23,6 +26,7 @@ _OPTIONS = [
 ]
 STALL_S = 30.0
 _PIECE_BYTES = wire.CHUNK_BYTES // 4  # what a cut costs: gRPC takes one such piece and has the next in hand
+_GRACE_S = 60.0  # for transfers that are under way when the certificate changes
 _RECEIPT_STALLS = 4  # the coordinator may have to verify and store many results at once; keepalive finds out if it is gone
 
 
@@ -56,26 +60,44 @@ class Transport(Protocol):
 
 
 class GrpcTransport:
-    """The contract over gRPC for `client`, with TLS unless `ca` is None. A transfer that stands still for `stall_s` is given up."""
+    """The contract over gRPC for `client`, with TLS unless it has no `credentials`.
 
-    def __init__(self, address: str, ca: bytes | None, client: str, stall_s: float = STALL_S) -> None:
+    A transfer that stands still for `stall_s` is given up.
+    """
+
+    def __init__(self, address: str, credentials: Credentials | None, client: str, stall_s: float = STALL_S) -> None:
         self._address = address
         self._client = client
         self._stall_s = stall_s
-        if ca is None:
-            self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._attending: Any = None
+        self._closing: asyncio.Task[None] | None = None
+        self._connect(credentials)
+
+    def _connect(self, credentials: Credentials | None) -> None:
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
         else:
-            self._channel = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca), options=_OPTIONS)
+            self._channel = grpc.aio.secure_channel(self._address, tls(credentials), options=_OPTIONS)
         self._stub: federation_pb2_grpc.FederationAsyncStub = federation_pb2_grpc.FederationStub(self._channel)  # type: ignore[assignment]
+
+    def show(self, credentials: Credentials) -> None:
+        """From now on, show a newer certificate: the stream ends, to be opened again; transfers under way end on the old link."""
+        before = self._channel
+        self._connect(credentials)
+        if self._attending is not None:
+            self._attending.cancel()
+        self._closing = asyncio.create_task(before.close(grace=_GRACE_S))
 
     async def close(self) -> None:
         """Close the connection."""
+        if self._closing is not None:
+            self._closing.cancel()
         await self._channel.close()
 
     @asynccontextmanager
     async def attend(self, hello: Hello) -> AsyncIterator[Attendance]:
         """Open the stream with `hello`; leaving the context closes it."""
-        call = self._stub.Attend()
+        call = self._attending = self._stub.Attend()
         try:
             stream = _GrpcAttendance(call, self._address)
             with suppress(Unreachable):  # `heard` tells what ended the stream

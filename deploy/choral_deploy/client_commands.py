@@ -22,7 +22,10 @@ def client(
     name: Annotated[str | None, typer.Option(help="This client's name, unique in the federation.")] = None,
     task: Annotated[str | None, typer.Option(help="module:attribute of the task.")] = None,
     data: Annotated[Path | None, typer.Option(help="This client's shard (CSV or Parquet).")] = None,
-    ca: Annotated[Path | None, typer.Option(help="The coordinator's ca.pem.")] = None,
+    token: Annotated[Path | None, typer.Option(help="File with a token, to enrol with if that was not done yet.")] = None,
+    ca: Annotated[Path | None, typer.Option(help="Who must have signed the coordinator's certificate; without enrolment.")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="This client's own certificate; without enrolment.")] = None,
+    key: Annotated[Path | None, typer.Option(help="The private key of that certificate.")] = None,
     state: Annotated[Path | None, typer.Option(help="Folder for the newest model; choral-NAME if not given.")] = None,
     holdout: Annotated[float | None, typer.Option(help="Share of the shard that measures and never trains [0.1].")] = None,
     follow: Annotated[bool | None, typer.Option(help="Fetch every version when it is published [follow].")] = None,
@@ -41,7 +44,10 @@ def client(
         "name": name,
         "task": task,
         "data": data,
+        "token": token,
         "ca": ca,
+        "certificate": certificate,
+        "key": key,
         "state": state,
         "holdout": holdout,
         "follow": follow,
@@ -50,7 +56,8 @@ def client(
         "first_contact_s": first_contact_s,
         "longest_pause_s": longest_pause_s,
     }
-    settings = _config(config, {key: value for key, value in flags.items() if value is not None})  # before torch is imported
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = _config(config, given)  # before torch is imported
     from choral import logs
     from choral_client.app import attend
 
@@ -59,6 +66,36 @@ def client(
     logs.configure(log_format, log_level)
     asyncio.run(attend(settings))
     leave(0)
+
+
+@app.command()
+def enrol(
+    token: Annotated[str, typer.Argument(help="The token; @FILE to read it from a file, - from standard input.")],
+    server: Annotated[str, typer.Option(help="host:port of the coordinator.")],
+    state: Annotated[Path | None, typer.Option(help="The state folder that gets the identity; choral-NAME if not given.")] = None,
+) -> None:
+    """Come to belong: make keys here, and get a certificate for them in exchange for a token."""
+    from choral.address import HostPort
+    from choral.errors import ConfigError
+    from choral.token import Token
+    from choral_client.config import folder_of
+    from choral_client.enrolment import enrol
+
+    from choral_deploy.given import text
+
+    made = Token.parse(text(token))
+    try:
+        address = HostPort.parse(server)
+    except ValueError as error:
+        raise ConfigError(f"--server: {error}") from error
+    folder = state if state is not None else folder_of(made.name)
+    known = asyncio.run(enrol(made, address, folder))
+    until = f"until {known.credentials.expires_at:%Y-%m-%d}"
+    typer.echo(f"Enrolled as {known.role} {known.name}; the identity is in {known.folder}, its certificate valid {until}.")
+    if known.role == "device":
+        typer.echo(f"Now: choral client --name {known.name} --state {folder} --task MODULE:ATTRIBUTE --data SHARD")
+    else:
+        typer.echo(f"Now: choral runs list --config {folder}")
 
 
 @app.command()
@@ -82,7 +119,7 @@ def _config(path: Path | None, flags: dict[str, Any]) -> Any:
 
     content = read_mapping(path) if path is not None else {}
     home = path.resolve().parent if path is not None else Path()
-    for key in ("data", "ca", "state"):
+    for key in ("data", "ca", "certificate", "key", "token", "state"):
         if isinstance(content.get(key), str):
             content[key] = home / content[key]
     content |= flags

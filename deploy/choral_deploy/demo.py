@@ -22,6 +22,7 @@ from choral.wire import KINDS, metrics_from_pb
 from choral_server.trust import make_authority
 
 from choral_deploy.display import Display
+from choral_deploy.given import hand_over
 from choral_deploy.operator import Operator
 from choral_deploy.processes import Child, Children, started
 from choral_deploy.report import Report
@@ -100,7 +101,7 @@ def _configure(out: Path, rounds: int, clients: int, seed: int, test_set: Path) 
     test_set.rename(home / "test.csv")
     config = {
         "listen": "127.0.0.1:0",
-        "tls": {"certificate": "server.pem", "key": "server.key"},
+        "tls": {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem", "ca_key": "ca.key"},
         "state": "state",
         "task": TASK,
         "run": {"name": "boston", "rounds": rounds, "seed": seed, "cohort_size": clients, "deadline_s": 120},
@@ -117,8 +118,12 @@ async def _federate(
 ) -> None:
     """Run the federation to its end."""
     server, address = await _start_coordinator(children, config, out)
-    watching = asyncio.create_task(_watch(config.parent / "state" / "admin.sock", observed, display))
-    everyone = [server, *[await _start_client(children, name, path, address, out) for name, path in shards.items()]]
+    operator = Operator.at(config)
+    watching = asyncio.create_task(_watch(operator, observed, display))
+    everyone = [server]
+    for name, path in shards.items():
+        hand_over(path.parent / "token", await operator.token(name))
+        everyone.append(await _start_client(children, name, path, address, out))
     try:
         async with asyncio.TaskGroup() as group:  # the first process that fails ends the demo
             for child in everyone:
@@ -157,7 +162,7 @@ async def _start_client(children: Children, name: str, shard: Path, address: str
         "--server": address,
         "--task": TASK,
         "--data": str(shard),
-        "--ca": str(out / "coordinator" / "ca.pem"),
+        "--token": str(shard.parent / "token"),
         "--state": str(shard.parent / "state"),
         "--holdout": str(HOLDOUT),
         "--threads": "1",
@@ -166,8 +171,8 @@ async def _start_client(children: Children, name: str, shard: Path, address: str
     return await children.start(name, [_CLI, "client", *flags], out / "logs" / f"{name}.log")
 
 
-async def _watch(socket: Path, observed: Observed, display: Display) -> None:
-    async with Operator(socket).stub() as admin:
+async def _watch(operator: Operator, observed: Observed, display: Display) -> None:
+    async with operator.stub() as admin:
         async for change in admin.Watch(pb.WatchRequest()):
             observed.take(change)
             display.show(change)

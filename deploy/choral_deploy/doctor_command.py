@@ -3,43 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from choral_deploy.where import DEFAULT, WhereOption
+
 
 def doctor(
-    config: Annotated[Path, typer.Option("--config", "-c", help="The coordinator's configuration file.")] = Path("choral.yaml"),
+    config: WhereOption = DEFAULT,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say why the run moves, or does not; exit code 0 if nothing is in the way."""
     from choral.errors import Unreachable
     from choral.v1 import admin_pb2
-    from choral_server.config import load
 
-    settings = load(config)
+    from choral_deploy.operator import call
+
     try:
-        answer = asyncio.run(_ask(settings.admin_socket))
+        answer = call(config, "Diagnose")
     except Unreachable as error:
+        if config.is_dir():
+            raise  # what a coordinator elsewhere needs cannot be looked at from here
         from choral_server.checkup import check_up
+        from choral_server.config import load
 
-        findings = asyncio.run(check_up(settings))
+        findings = asyncio.run(check_up(load(config)))
         told = admin_pb2.Finding(subject="coordinator", good=False, found=str(error), cure="start `choral server`")
         kept = [admin_pb2.Finding(subject=f.subject, good=f.good, found=f.found, cure=f.cure) for f in findings]
         answer = admin_pb2.DiagnoseResponse(moving=False, findings=[told, *kept])
     _show(answer, json)
     if not answer.moving:
         raise typer.Exit(1)
-
-
-async def _ask(socket: Path) -> Any:
-    from choral.v1 import admin_pb2
-
-    from choral_deploy.operator import Operator
-
-    async with Operator(socket).stub() as admin:
-        return await admin.Diagnose(admin_pb2.DiagnoseRequest())
 
 
 def _show(answer: Any, as_json: bool) -> None:

@@ -1,25 +1,39 @@
-"""An operator's connection to a coordinator, over the socket in its state folder."""
+"""An operator's connection to a coordinator: over the socket in its state folder, or from another machine with a certificate."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, Self
 
 import grpc
 from choral.errors import Unreachable
+from choral.identity import FOLDER, Credentials, read_identity
 from choral.status import from_rpc
-from choral.v1 import admin_pb2_grpc
+from choral.v1 import admin_pb2, admin_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 _OPTIONS = [("grpc.max_receive_message_length", -1)]  # a hundred rounds of a thousand clients are some megabytes
 
 
 class Operator:
-    """Calls the Admin service behind `socket`."""
+    """Calls the Admin service at `address`, a socket in the file system if it has no `credentials`."""
 
-    def __init__(self, socket: Path) -> None:
-        self._socket = socket
+    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
+        self._address = address
+        self._credentials = credentials
+
+    @classmethod
+    def at(cls, where: Path) -> Self:
+        """Of the coordinator with this configuration file, or where this identity is known. Raises ConfigError or TrustError."""
+        if not where.is_dir():
+            from choral_server.config import load
+
+            return cls(str(load(where).admin_socket))
+        known = read_identity(where / FOLDER if (where / FOLDER).is_dir() else where)
+        return cls(str(known.server), known.credentials)
 
     @asynccontextmanager
     async def stub(self) -> AsyncIterator[admin_pb2_grpc.AdminAsyncStub]:
@@ -27,19 +41,40 @@ class Operator:
         async with self._channel() as channel:
             yield admin_pb2_grpc.AdminStub(channel)  # type: ignore[misc]
 
+    async def token(self, name: str, role: str = "device") -> str:
+        """A token with which somebody enrols."""
+        async with self.stub() as admin:
+            return (await admin.IssueToken(admin_pb2.IssueTokenRequest(name=name, role=role))).token
+
     async def health(self) -> None:
         """Return if the coordinator serves. Raises Unreachable."""
         async with self._channel() as channel:
             answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())  # type: ignore[attr-defined]
             if answer.status != health_pb2.HealthCheckResponse.SERVING:
-                raise Unreachable(f"the coordinator behind {self._socket} says that it does not serve")
+                raise Unreachable(f"the coordinator at {self._address} says that it does not serve")
 
     @asynccontextmanager
     async def _channel(self) -> AsyncIterator[grpc.aio.Channel]:
-        if not self._socket.exists():
-            raise Unreachable(f"no coordinator runs with this configuration: {self._socket} does not exist; start `choral server`")
         try:
-            async with grpc.aio.insecure_channel(f"unix:{self._socket}", options=_OPTIONS) as channel:
+            async with self._open() as channel:
                 yield channel
         except grpc.aio.AioRpcError as error:
-            raise from_rpc(error, str(self._socket)) from error
+            raise from_rpc(error, self._address) from error
+
+    def _open(self) -> grpc.aio.Channel:
+        if (shown := self._credentials) is not None:
+            credentials = grpc.ssl_channel_credentials(shown.ca, shown.key, shown.certificate)
+            return grpc.aio.secure_channel(self._address, credentials, options=_OPTIONS)
+        if not Path(self._address).exists():
+            raise Unreachable(f"no coordinator runs with this configuration: {self._address} does not exist; start `choral server`")
+        return grpc.aio.insecure_channel(f"unix:{self._address}", options=_OPTIONS)
+
+
+def call(where: Path, method: str, **fields: Any) -> Any:
+    """One unary call of the Admin service, with a request of these fields."""
+
+    async def calling() -> Any:
+        async with Operator.at(where).stub() as admin:
+            return await getattr(admin, method)(getattr(admin_pb2, f"{method}Request")(**fields))
+
+    return asyncio.run(calling())

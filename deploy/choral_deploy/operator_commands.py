@@ -11,12 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's configuration file.")]
+from choral_deploy.where import DEFAULT as _DEFAULT
+from choral_deploy.where import WhereOption
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 RunOption = Annotated[str, typer.Option("--run", help="Name of the run; the present one if not given.")]
 LimitOption = Annotated[int, typer.Option("--limit", min=1, max=2**31 - 1, help="How many, newest first.")]
 NumberArgument = Annotated[int, typer.Argument(min=0, max=2**63 - 1)]
-_DEFAULT = Path("choral.yaml")
 
 runs = typer.Typer(help="See and steer runs.", no_args_is_help=True)
 rounds = typer.Typer(help="See rounds, open one now.", no_args_is_help=True)
@@ -32,7 +33,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 @runs.command("list")
-def list_runs(config: ConfigOption = _DEFAULT, json: JsonOption = False) -> None:
+def list_runs(config: WhereOption = _DEFAULT, json: JsonOption = False) -> None:
     """The runs."""
     columns = {
         "run": lambda run: run.name,
@@ -49,7 +50,7 @@ def list_runs(config: ConfigOption = _DEFAULT, json: JsonOption = False) -> None
 
 @runs.command()
 def start(
-    config: ConfigOption = _DEFAULT,
+    config: WhereOption = _DEFAULT,
     rounds: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Rounds to train; 0: as configured.")] = 0,
     from_latest: Annotated[bool, typer.Option(help="Continue from the latest version of the run before.")] = False,
 ) -> None:
@@ -58,33 +59,32 @@ def start(
 
 
 @runs.command()
-def pause(config: ConfigOption = _DEFAULT) -> None:
+def pause(config: WhereOption = _DEFAULT) -> None:
     """Open no further round until resumed."""
     _say_run(_call(config, "PauseRun").run)
 
 
 @runs.command()
-def resume(config: ConfigOption = _DEFAULT) -> None:
+def resume(config: WhereOption = _DEFAULT) -> None:
     """Go on after a pause or a failure."""
     _say_run(_call(config, "ResumeRun").run)
 
 
 @runs.command()
-def stop(config: ConfigOption = _DEFAULT) -> None:
+def stop(config: WhereOption = _DEFAULT) -> None:
     """End the run; the round under way is abandoned."""
     _say_run(_call(config, "StopRun").run)
 
 
 @runs.command()
-def watch(config: ConfigOption = _DEFAULT) -> None:
+def watch(config: WhereOption = _DEFAULT) -> None:
     """Print every change, one JSON object a line, until interrupted."""
     from choral.v1 import admin_pb2
-    from choral_server.config import load
 
     from choral_deploy.operator import Operator
 
     async def follow() -> None:
-        async with Operator(load(config).admin_socket).stub() as admin:
+        async with Operator.at(config).stub() as admin:
             async for change in admin.Watch(admin_pb2.WatchRequest()):
                 typer.echo(_json([change])[1:-1])
 
@@ -96,7 +96,7 @@ def watch(config: ConfigOption = _DEFAULT) -> None:
 
 
 @rounds.command("list")
-def list_rounds(config: ConfigOption = _DEFAULT, run: RunOption = "", limit: LimitOption = 20, json: JsonOption = False) -> None:
+def list_rounds(config: WhereOption = _DEFAULT, run: RunOption = "", limit: LimitOption = 20, json: JsonOption = False) -> None:
     """The rounds of a run."""
     columns = {
         "round": lambda round: round.number,
@@ -111,7 +111,7 @@ def list_rounds(config: ConfigOption = _DEFAULT, run: RunOption = "", limit: Lim
 
 
 @rounds.command()
-def show(number: NumberArgument, config: ConfigOption = _DEFAULT, run: RunOption = "", json: JsonOption = False) -> None:
+def show(number: NumberArgument, config: WhereOption = _DEFAULT, run: RunOption = "", json: JsonOption = False) -> None:
     """One round, client by client."""
     from choral.errors import ConfigError
 
@@ -130,13 +130,13 @@ def show(number: NumberArgument, config: ConfigOption = _DEFAULT, run: RunOption
 
 
 @rounds.command()
-def trigger(config: ConfigOption = _DEFAULT) -> None:
+def trigger(config: WhereOption = _DEFAULT) -> None:
     """Open the next round now, whatever the schedule says."""
     _say_run(_call(config, "TriggerRound").run)
 
 
 @clients.command("list")
-def list_clients(config: ConfigOption = _DEFAULT, json: JsonOption = False) -> None:
+def list_clients(config: WhereOption = _DEFAULT, json: JsonOption = False) -> None:
     """Every client that has ever attended."""
     columns = {
         "client": lambda client: client.name,
@@ -156,7 +156,7 @@ def list_clients(config: ConfigOption = _DEFAULT, json: JsonOption = False) -> N
 @clients.command()
 def quarantine(
     name: str,
-    config: ConfigOption = _DEFAULT,
+    config: WhereOption = _DEFAULT,
     reason: Annotated[str, typer.Option(help="Why; the client's owner is told.")] = "",
 ) -> None:
     """Ask and take no results from a client until it is released."""
@@ -165,20 +165,46 @@ def quarantine(
 
 
 @clients.command()
-def release(name: str, config: ConfigOption = _DEFAULT) -> None:
+def release(name: str, config: WhereOption = _DEFAULT) -> None:
     """Let a quarantined client take part again."""
     typer.echo(f"client {_call(config, 'ReleaseClient', client=name).client.name}: released")
 
 
+@clients.command()
+def enrolled(config: WhereOption = _DEFAULT, json: JsonOption = False) -> None:
+    """Everybody who has enrolled or was revoked, devices and people."""
+    columns = {
+        "name": lambda member: member.name,
+        "role": lambda member: member.role,
+        "state": lambda member: f"revoked {_moment(member, 'revoked_at')}" if member.HasField("revoked_at") else "in force",
+        "enrolled": lambda member: _moment(member, "enrolled_at"),
+        "certificate until": lambda member: _moment(member, "expires_at"),
+        "key": lambda member: member.key.hex()[:16],
+        "reason": lambda member: member.reason,
+    }
+    _table(columns, _call(config, "ListMembers").members, json)
+
+
+@clients.command()
+def revoke(
+    name: str,
+    config: WhereOption = _DEFAULT,
+    reason: Annotated[str, typer.Option(help="Why; who is revoked is told.")] = "",
+) -> None:
+    """Let somebody in no more, device or person: what it has open ends at once, its certificate and unused tokens are void."""
+    member = _call(config, "RevokeMember", name=name, reason=reason).member
+    typer.echo(f"{member.role} {member.name}: revoked ({member.reason})")
+
+
 @versions.command("rollback")
-def roll_back(number: NumberArgument, config: ConfigOption = _DEFAULT) -> None:
+def roll_back(number: NumberArgument, config: WhereOption = _DEFAULT) -> None:
     """Publish the weights and optimizer state of an earlier version as the newest; a round under way is abandoned."""
     _say_run(_call(config, "RollBack", version=number).run)
     typer.echo(f"going back to version {number}; `choral versions list` shows the new version that has its weights")
 
 
 def list_events(
-    config: ConfigOption = _DEFAULT,
+    config: WhereOption = _DEFAULT,
     run: Annotated[str, typer.Option("--run", help="Only of this run.")] = "",
     client: Annotated[str, typer.Option("--client", help="Only of this client.")] = "",
     limit: LimitOption = 20,
@@ -191,13 +217,14 @@ def list_events(
         "run": lambda event: event.run,
         "round": lambda event: event.round if event.HasField("round") else "",
         "client": lambda event: event.client,
+        "by": lambda event: event.by,
         "told": lambda event: event.told,
     }
     _table(columns, _call(config, "ListEvents", run=run, client=client, limit=limit).events, json)
 
 
 @versions.command("list")
-def list_versions(config: ConfigOption = _DEFAULT, run: RunOption = "", limit: LimitOption = 20, json: JsonOption = False) -> None:
+def list_versions(config: WhereOption = _DEFAULT, run: RunOption = "", limit: LimitOption = 20, json: JsonOption = False) -> None:
     """The versions of a run."""
     columns = {
         "version": lambda version: version.version.number,
@@ -212,17 +239,9 @@ def list_versions(config: ConfigOption = _DEFAULT, run: RunOption = "", limit: L
 
 
 def _call(config: Path, method: str, **fields: Any) -> Any:
-    """One unary call of the Admin service, with a request of these fields."""
-    from choral.v1 import admin_pb2
-    from choral_server.config import load
+    from choral_deploy.operator import call  # gRPC takes its time to import
 
-    from choral_deploy.operator import Operator
-
-    async def call() -> Any:
-        async with Operator(load(config).admin_socket).stub() as admin:
-            return await getattr(admin, method)(getattr(admin_pb2, f"{method}Request")(**fields))
-
-    return asyncio.run(call())
+    return call(config, method, **fields)
 
 
 def _table(columns: dict[str, Callable[[Any], object]], rows: Iterable[Any], as_json: bool) -> None:

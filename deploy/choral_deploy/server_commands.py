@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from choral_deploy.where import DEFAULT as _DEFAULT
+from choral_deploy.where import ConfigOption, WhereOption
+
 app = typer.Typer(help="Run a coordinator.", invoke_without_command=True)
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's configuration file.")]
-_DEFAULT = Path("choral.yaml")
+Role = Literal["device", "operator", "viewer"]
 
 
 @app.callback()
@@ -40,7 +42,7 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Folder to prepare.")],
     host: Annotated[list[str], typer.Option(help="Name or address by which clients reach this machine; once for each.")],
     task: Annotated[str, typer.Option(help="module:attribute of the task.")] = "choral.tasks.boston_housing:task",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port for clients.")] = 8470,
+    port: Annotated[int, typer.Option(min=1, max=65534, help="Port for clients; they enrol on the one after it.")] = 8470,
     clients: Annotated[int, typer.Option(min=1, help="How many clients take part in a round.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds to train.")] = 100,
 ) -> None:
@@ -51,18 +53,36 @@ def init(
     if (folder / _DEFAULT).exists():
         raise ConfigError(f"{folder / _DEFAULT} exists already: choose another folder")
     make_authority(folder, host)
-    (folder / _DEFAULT).write_text(_TEMPLATE.format(task=task, port=port, clients=clients, rounds=rounds), encoding="utf-8")
-    typer.echo(f"Prepared {folder}. Copy {folder / 'ca.pem'} to each client, then: choral server --config {folder / _DEFAULT}")
+    (folder / _DEFAULT).write_text(
+        _TEMPLATE.format(task=task, port=port, enrolment=port + 1, clients=clients, rounds=rounds), encoding="utf-8"
+    )
+    config = folder / _DEFAULT
+    typer.echo(f"Prepared {folder}. Start the coordinator: choral server --config {config}")
+    typer.echo(f"Then, for each client, make a token:  choral server token NAME --config {config}")
 
 
 @app.command()
-def health(config: ConfigOption = _DEFAULT) -> None:
-    """Say whether the coordinator with this configuration answers; exit code 0 if it does."""
-    from choral_server.config import load
+def token(
+    name: Annotated[str, typer.Argument(help="The name that its bearer will have.")],
+    config: WhereOption = _DEFAULT,
+    expires: Annotated[str, typer.Option(help="For how long it can be used: 90s, 30m, 1h, 7d.")] = "1h",
+    role: Annotated[Role, typer.Option(help="What its bearer may do: take part, steer, or look.")] = "device",
+    replace: Annotated[bool, typer.Option(help="It may take the place of a member of that name.")] = False,
+) -> None:
+    """Print a one-time token with which NAME enrols: `choral client enrol TOKEN --server HOST:PORT`."""
+    from choral_deploy.durations import seconds
+    from choral_deploy.operator import call
 
+    asked = {"name": name, "role": role, "expires_s": seconds(expires), "replace": replace}
+    typer.echo(call(config, "IssueToken", **asked).token)
+
+
+@app.command()
+def health(config: WhereOption = _DEFAULT) -> None:
+    """Say whether the coordinator with this configuration answers; exit code 0 if it does."""
     from choral_deploy.operator import Operator
 
-    asyncio.run(Operator(load(config).admin_socket).health())
+    asyncio.run(Operator.at(config).health())
     typer.echo("serving")
 
 
@@ -72,6 +92,8 @@ listen: 0.0.0.0:{port}
 tls:
   certificate: server.pem
   key: server.key
+  ca: ca.pem
+  ca_key: ca.key # signs the certificates of those who enrol, on port {enrolment}
 state: state
 task: {task}
 run:

@@ -12,10 +12,13 @@ from choral.errors import ChoralError, ConfigError, Unreachable
 from choral.status import abort
 from choral.v1 import admin_pb2 as pb
 from choral.v1 import admin_pb2_grpc
+from choral.wire import brief
 
 from choral_server import admin_messages as messages
+from choral_server.caller import Role
 from choral_server.coordinator import Coordinator
 from choral_server.diagnosis import diagnose, moving
+from choral_server.membership import Membership
 from choral_server.store import Store
 
 log = structlog.get_logger()
@@ -28,9 +31,10 @@ T = TypeVar("T")
 class AdminService(admin_pb2_grpc.AdminServicer):
     """What operators reach."""
 
-    def __init__(self, coordinator: Coordinator, store: Store) -> None:
+    def __init__(self, coordinator: Coordinator, store: Store, membership: Membership) -> None:
         self._coordinator = coordinator
         self._store = store
+        self._membership = membership
         self._under_way: set[asyncio.Future[Any]] = set()
 
     async def StartRun(self, request: pb.StartRunRequest, context: Context) -> pb.StartRunResponse:
@@ -105,6 +109,27 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """Why the run moves, or does not."""
         findings = diagnose(self._coordinator.condition())
         return pb.DiagnoseResponse(moving=moving(findings), findings=map(messages.finding, findings))
+
+    async def IssueToken(self, request: pb.IssueTokenRequest, context: Context) -> pb.IssueTokenResponse:
+        """A token with which somebody enrols."""
+        roles = {role.value: role for role in Role}
+        if (role := request.role or Role.DEVICE.value) not in roles:
+            await abort(context, ConfigError(f"role {role[:80]!r} is unknown: give {', '.join(roles)}"))
+        asked = request.name, roles[role], request.expires_s, request.replace
+        token, expires_at = await self._done(context, self._membership.issue(*asked))
+        return pb.IssueTokenResponse(token=str(token), expires_at=messages.timestamp(expires_at))
+
+    async def ListMembers(self, request: pb.ListMembersRequest, context: Context) -> pb.ListMembersResponse:
+        """Who belongs, or did."""
+        by_name = sorted(self._store.members.values(), key=lambda member: member.name)
+        return pb.ListMembersResponse(members=map(messages.member, by_name))
+
+    async def RevokeMember(self, request: pb.RevokeMemberRequest, context: Context) -> pb.RevokeMemberResponse:
+        """Let somebody in no more."""
+        reason = brief(request.reason) or "an operator said so"
+        return pb.RevokeMemberResponse(
+            member=messages.member(await self._done(context, self._membership.revoke(request.name, reason)))
+        )
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
         """Every change."""

@@ -9,7 +9,7 @@ from choral.v1 import admin_pb2 as pb
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from choral_server.diagnosis import Finding
-from choral_server.records import ClientRecord, EventRecord, Record, RunRecord, RunState, VersionRecord
+from choral_server.records import ClientRecord, EventRecord, MemberRecord, RunRecord, RunState, Told, VersionRecord
 from choral_server.rounds import Part, Round, RoundState
 
 _RUN_STATES = {
@@ -28,7 +28,7 @@ _ROUND_STATES = {
 }
 
 
-def change(record: Record) -> pb.WatchResponse:
+def change(record: Told) -> pb.WatchResponse:
     """A record as a change of it."""
     match record:
         case RunRecord():
@@ -41,6 +41,8 @@ def change(record: Record) -> pb.WatchResponse:
             return pb.WatchResponse(version=version(record))
         case EventRecord():
             return pb.WatchResponse(event=event(record))
+        case MemberRecord():
+            return pb.WatchResponse(member=member(record))
 
 
 def run(record: RunRecord) -> pb.Run:
@@ -54,7 +56,7 @@ def run(record: RunRecord) -> pb.Run:
         rounds_done=record.rounds_done,
         latest_version=record.latest,
         best_version=record.progress.best,
-        next_round_at=_timestamp(record.next_round_at),
+        next_round_at=timestamp(record.next_round_at),
     )
 
 
@@ -68,7 +70,7 @@ def round_(record: Round) -> pb.Round:
         reason=record.reason,
         version=record.version,
         parts=map(_part, record.parts.values()),
-        opened_at=_timestamp(record.opened_at),
+        opened_at=timestamp(record.opened_at),
         duration_s=record.duration_s,
         goal=record.goal,
         quorum=record.quorum,
@@ -95,7 +97,7 @@ def client(record: ClientRecord) -> pb.Client:
         examples=record.examples,
         software=record.software,
         address=record.address,
-        heard_at=_timestamp(record.heard_at),
+        heard_at=timestamp(record.heard_at),
         accepted=record.accepted,
         reason=record.reason,
         refused=record.refused,
@@ -111,19 +113,34 @@ def version(record: VersionRecord) -> pb.Version:
         test=wire.metrics_to_pb(record.test),
         clients=wire.metrics_to_pb(record.clients),
         checkpoint=record.checkpoint,
-        published_at=_timestamp(record.published_at),
+        published_at=timestamp(record.published_at),
     )
 
 
 def event(record: EventRecord) -> pb.Event:
     """To protobuf."""
     return pb.Event(
-        at=_timestamp(record.at),
+        at=timestamp(record.at),
         what=record.what,
         run=record.run,
         round=record.round,
         client=record.client,
         told=record.told,
+        by=record.by,
+    )
+
+
+def member(record: MemberRecord) -> pb.Member:
+    """To protobuf."""
+    return pb.Member(
+        name=record.name,
+        role=record.role.value,
+        key=record.key,
+        signing_key=record.signing_key,
+        enrolled_at=timestamp(record.enrolled_at),
+        expires_at=timestamp(record.expires_at),
+        revoked_at=timestamp(record.revoked_at),
+        reason=record.reason,
     )
 
 
@@ -132,7 +149,8 @@ def finding(found: Finding) -> pb.Finding:
     return pb.Finding(subject=found.subject, good=found.good, found=found.found, cure=found.cure)
 
 
-def _timestamp(moment: datetime | None) -> Timestamp | None:
+def timestamp(moment: datetime | None) -> Timestamp | None:
+    """To protobuf."""
     if moment is None:
         return None
     stamp = Timestamp()

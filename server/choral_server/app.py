@@ -11,27 +11,24 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-import grpc
 import structlog
 from choral.address import HostPort
 from choral.durable import write_durably
-from choral.errors import AddressError, ConfigError, TrustError
+from choral.errors import ConfigError, Revoked
 from choral.metrics import LOSS
 from choral.task import Task, load_task
-from choral.v1 import admin_pb2, admin_pb2_grpc, federation_pb2, federation_pb2_grpc
-from choral.wire import MESSAGE_BYTES
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from choral_server import failpoints
 from choral_server.admin import AdminService
 from choral_server.artifacts import Artifacts, open_artifacts
 from choral_server.checkpoints import Checkpoints
 from choral_server.collection import House
-from choral_server.config import ServerConfig, Tls
+from choral_server.config import Enrolment, ServerConfig
 from choral_server.coordinator import Coordinator
 from choral_server.database import Database
+from choral_server.doors import Doors
 from choral_server.lease import Lease
+from choral_server.membership import Membership, Roles
 from choral_server.records import RunRecord, RunState
 from choral_server.run import Runs
 from choral_server.service import FederationService
@@ -41,19 +38,10 @@ from choral_server.state_folder import locked
 from choral_server.store import Store
 from choral_server.transfers import Transfers
 from choral_server.troubles import Troubles
+from choral_server.trust import Authority
 
 log = structlog.get_logger()
-FEDERATION = federation_pb2.DESCRIPTOR.services_by_name["Federation"].full_name
 _LINGER_S = 0.3  # a reader that still acknowledges what it reads would lose the rest of it to a closed socket
-ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
-_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # or a second coordinator would share the port in silence
-    ("grpc.max_receive_message_length", MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.bdp_probe", 0),  # with the next, bounds what is under way when a link breaks, and so has to be sent again
-    ("grpc.http2.lookahead_bytes", 524_288),
-]
 
 
 async def serve(config: ServerConfig, ready: Callable[[HostPort], None] = lambda address: None) -> int:
@@ -80,18 +68,20 @@ async def _work(
     config: ServerConfig, runs: Runs, store: Store, lease: Lease, troubles: Troubles, ready: Callable[[HostPort], None]
 ) -> RunRecord:
     """Serve clients and operators, and conduct runs until it is enough; the last of them."""
-    run = await runs.open(datetime.now(UTC))
+    run = await runs.open(now())
     task = run.model.task
     sessions = Sessions(task.name, task.version, run.model.manifest)
+    membership = _membership(config, store)
     transfers = Transfers()
-    house = House(store, sessions, transfers, troubles, config.spool_bytes, lambda: datetime.now(UTC))
+    house = House(store, sessions, transfers, troubles, config.spool_bytes, now)
     spool = Spool(config.state / "spool", troubles)
     coordinator = Coordinator(
         run, house, spool, config.state, config.heartbeat_s, lambda rounds, parent: runs.further(house.clock(), rounds, parent)
     )
-    federation = FederationService(coordinator, sessions, transfers, config.heartbeat_s)
-    server, address = await _listen(config, federation)
-    operators = await _listen_to_operators(config.admin_socket, AdminService(coordinator, store))
+    federation = FederationService(coordinator, sessions, transfers, config.heartbeat_s, config.limits)
+    doors = Doors(config, membership, federation, AdminService(coordinator, store, membership))
+    membership.expelled = lambda name, reason: _expel(doors, coordinator, name, reason)
+    address = await doors.open()
     conducting = asyncio.create_task(_conduct(coordinator, config))
     _drain_on_signals(coordinator, conducting, config.drain_s)
     log.info("coordinator ready", address=str(address), run=run.record.name, task=task.name, tls=config.tls is not None)
@@ -102,9 +92,29 @@ async def _work(
         await coordinator.dismiss(config.drain_s)
         if store.end_watches():
             await asyncio.sleep(_LINGER_S)
-        await asyncio.gather(server.stop(1.0), operators.stop(1.0))
-        config.admin_socket.unlink(missing_ok=True)
+        await doors.close()
     return coordinator.run.record
+
+
+def _membership(config: ServerConfig, store: Store) -> Membership:
+    """Who belongs. Raises TrustError: a file of the authority cannot be used."""
+    tls, enrolment = config.tls, config.enrolment or Enrolment()
+    if tls is None:
+        return Membership(store, None, enrolment.certificate_s, now)
+    authority = Authority.load(tls.ca, tls.ca_key) if tls.ca_key is not None else None
+    if authority is not None and authority.renew_server(tls.certificate, tls.key, now()):
+        log.info("the server's certificate was about to expire and has been renewed", file=str(tls.certificate))
+    return Membership(store, authority, enrolment.certificate_s, now, Roles(frozenset(tls.operators), frozenset(tls.viewers)))
+
+
+def _expel(doors: Doors, coordinator: Coordinator, name: str, reason: str) -> None:
+    doors.end_calls(name, Revoked(reason))
+    coordinator.attendance.expel(name, reason)
+
+
+def now() -> datetime:
+    """The time."""
+    return datetime.now(UTC)
 
 
 async def _until_over(coordinator: Coordinator, conducting: asyncio.Task[None], lease: Lease) -> None:
@@ -182,53 +192,3 @@ def _check_objective(metric: str, task: Task) -> None:
     known = (LOSS, *task.metrics)
     if metric not in known:
         raise ConfigError(f"run.objective.metric: {metric!r} is not measured by task {task.name}; it has {', '.join(known)}")
-
-
-async def _listen(config: ServerConfig, federation: FederationService) -> tuple[grpc.aio.Server, HostPort]:
-    server = grpc.aio.server(options=_OPTIONS)
-    federation_pb2_grpc.add_FederationServicer_to_server(federation, server)
-    await _add_health_and_reflection(server, FEDERATION)
-    try:
-        if config.tls is not None:
-            port = server.add_secure_port(str(config.listen), _credentials(config.tls))
-        else:
-            port = server.add_insecure_port(str(config.listen))
-    except RuntimeError as error:
-        raise AddressError(
-            f"listen: {config.listen} cannot be used: another process has the port, or the address is not this machine's; "
-            "stop that process or give another address"
-        ) from error
-    await server.start()
-    return server, HostPort(config.listen.host, port)
-
-
-async def _listen_to_operators(socket: Path, admin: AdminService) -> grpc.aio.Server:
-    server = grpc.aio.server()
-    admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
-    await _add_health_and_reflection(server, ADMIN)
-    socket.parent.chmod(0o700)  # whoever can open the socket is an operator
-    socket.unlink(missing_ok=True)
-    try:
-        server.add_insecure_port(f"unix:{socket}")
-    except RuntimeError as error:
-        raise AddressError(f"state: {socket} cannot be listened on; use a folder with a path of less than 90 characters") from error
-    await server.start()
-    return server
-
-
-async def _add_health_and_reflection(server: grpc.aio.Server, service: str) -> None:
-    healthy = health.aio.HealthServicer()
-    for name in ("", service):
-        await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-
-
-def _credentials(tls: Tls) -> grpc.ServerCredentials:
-    def content(path: Path) -> bytes:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise TrustError(f"tls: {path} cannot be read ({error.strerror}): `choral server init` makes it") from error
-
-    return grpc.ssl_server_credentials([(content(tls.key), content(tls.certificate))])

@@ -108,6 +108,12 @@ class Attendance:
             await house.store.commit(EventRecord(house.clock(), "result refused", reason, client=client))
         raise UpdateRefused(reason)
 
+    def expel(self, name: str, reason: str) -> None:
+        """Somebody does not belong any more: nothing more is awaited from it."""
+        if self.collection is not None:
+            self.collection.expel(name, reason)
+        self._wake()
+
     async def quarantine(self, name: str, reason: str) -> ClientRecord:
         """Ask and take no result from a client until it is released. Raises ConfigError: it is unknown."""
         async with self._house.judging:

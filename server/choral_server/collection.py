@@ -229,6 +229,14 @@ class Collection:
         advancing = frozenset(part.assignment for part in self.round.parts.values() if part.client in moving)
         self._tell(DeadlinePassed(settings.deadline_s, advancing))
 
+    @property
+    def longest_s(self) -> float:
+        """For how long a transfer of this round may go on."""
+        settings = self.run.settings
+        return (
+            settings.deadline_s + (settings.deadline_s if settings.extension_s is None else settings.extension_s) + settings.stall_s
+        )
+
     def _extensible_s(self) -> float:
         """By how much transfers can still move the deadline."""
         settings = self.run.settings

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Self
 
-from choral.address import Address
+from choral.address import Address, HostPort
 from choral.config import Settings, read
+from choral.names import ALLOWED, is_name
 from choral.plan import Training
+from choral.wire import CHUNK_BYTES, MESSAGE_BYTES
 from pydantic import AfterValidator, Field, model_validator
 
 from choral_server.objective import Objective
@@ -25,13 +27,77 @@ def _name(value: str) -> str:
     return value
 
 
+def _member(value: str) -> str:
+    if not is_name(value):
+        raise ValueError(ALLOWED)
+    return value
+
+
+Names = Annotated[tuple[Annotated[str, AfterValidator(_member)], ...], Field(strict=False)]
+
+
 class Tls(Settings):
-    """The certificate that the coordinator shows."""
+    """The certificate that the coordinator shows, and whose certificates it accepts."""
 
     certificate: FilePath
     """PEM file with the server's certificate"""
     key: FilePath
     """PEM file with its private key"""
+    ca: FilePath
+    """PEM file with the certificate of the authority that signs those of clients and operators"""
+    ca_key: FilePath | None = None
+    """PEM file with that authority's private key, with which the coordinator enrols; if not given, certificates come from an
+    authority of yours, and the common name of each is a name here"""
+    operators: Names = ()
+    """without ca_key: the names of operators, who may do everything that is asked of the coordinator"""
+    viewers: Names = ()
+    """without ca_key: the names of those who may look; every other name is a device's"""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.ca_key is not None and (self.operators or self.viewers):
+            raise ValueError("tls.operators and tls.viewers are for an authority of yours; with tls.ca_key, roles come with tokens")
+        if both := set(self.operators) & set(self.viewers):
+            raise ValueError(f"{', '.join(sorted(both))}: in tls.operators and in tls.viewers; an operator may look as it is")
+        return self
+
+
+class Enrolment(Settings):
+    """How devices and operators come to belong."""
+
+    listen: Address | None = None
+    """host:port where tokens are turned into certificates; the host of listen and the port after it, if not given"""
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """the port that tokens name, if clients reach it under another than the one listened on, as behind a port mapping"""
+    certificate_s: Annotated[float, Field(ge=1, le=315_360_000, allow_inf_nan=False)] = 7_776_000.0
+    """seconds for which a client's certificate is valid; clients renew it by themselves when a third of that is left"""
+
+
+class Limits(Settings):
+    """What anyone may cost. Who goes beyond is refused, and the others go on."""
+
+    message_bytes: Annotated[int, Field(ge=65_536, le=67_108_864)] = MESSAGE_BYTES
+    """longest message from a client"""
+    chunk_bytes: Annotated[int, Field(ge=262_144, le=CHUNK_BYTES)] = CHUNK_BYTES
+    """longest chunk of an upload"""
+    metadata_bytes: Annotated[int, Field(ge=2048, le=1_048_576)] = 8192
+    """longest metadata of a call"""
+    connections: Annotated[int, Field(ge=1, le=1_000_000)] = 16_000
+    """connections that clients and operators may have open, and those who have not shown a certificate yet"""
+    enrolment_connections: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """connections open at the address where tokens are turned into certificates"""
+    enrolments_per_s: Annotated[float, Field(gt=0, le=10_000)] = 20.0
+    """attempts to enrol that are looked at; the others are refused unread"""
+    handshake_s: Annotated[float, Field(gt=0, le=120)] = 5.0
+    """seconds in which a connection must have shown its certificate"""
+    calls: Annotated[int, Field(ge=2, le=1000)] = 16
+    """calls that one client may have open at once"""
+    calls_per_s: Annotated[float, Field(gt=0, le=100_000)] = 500.0
+    """calls that one client may begin in a second, on the average; ten seconds' worth may come at once"""
+    first_message_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """seconds in which an opened stream must have said its first word"""
+    unread: Annotated[int, Field(ge=8, le=100_000)] = 256
+    """messages that may wait for a client that does not read what it is told"""
 
 
 class TrainingChanges(Settings):
@@ -122,7 +188,11 @@ class ServerConfig(Settings):
     listen: Address
     """host:port for clients, for example 0.0.0.0:8470; port 0 takes any free port"""
     tls: Tls | None = None
-    """certificate and key; `choral server init` makes them"""
+    """certificates and keys; `choral server init` makes them"""
+    enrolment: Enrolment | None = None
+    """how members are enrolled; needs tls.ca_key"""
+    limits: Limits = Limits()
+    """what anyone may cost"""
     plaintext: bool = False
     """serve without TLS; allowed on loopback addresses only"""
     state: FilePath
@@ -152,7 +222,13 @@ class ServerConfig(Settings):
     @model_validator(mode="after")
     def _protected(self) -> Self:
         if self.tls is None and not self.plaintext:
-            raise ValueError("tls is missing: give tls.certificate and tls.key (`choral server init` makes them)")
+            raise ValueError(
+                "tls is missing: give tls.certificate, tls.key, tls.ca and tls.ca_key (`choral server init` makes them)"
+            )
+        if self.enrolment is not None and (self.tls is None or self.tls.ca_key is None):
+            raise ValueError("enrolment needs the key of an authority: give tls.ca_key, or remove enrolment")
+        if self.tls is not None and self.tls.ca_key is not None and self.enrolment_address is None:
+            raise ValueError(f"enrolment.listen is missing: there is no port after {self.listen.port}")
         if self.plaintext and self.tls is not None:
             raise ValueError("plaintext: true contradicts tls: remove one of them")
         if self.plaintext and not self.listen.is_loopback:
@@ -172,6 +248,16 @@ class ServerConfig(Settings):
         return self.database if self.database is not None else f"sqlite:///{(self.state / 'choral.db').resolve()}"
 
     @property
+    def enrolment_address(self) -> HostPort | None:
+        """Where tokens are turned into certificates; None: nowhere."""
+        if self.tls is None or self.tls.ca_key is None:
+            return None
+        if self.enrolment is not None and self.enrolment.listen is not None:
+            return self.enrolment.listen
+        port = self.listen.port and self.listen.port + 1
+        return HostPort(self.listen.host, port) if port <= 65535 else None
+
+    @property
     def admin_socket(self) -> Path:
         """Where operators are served."""
         return self.state / "admin.sock"
@@ -181,7 +267,7 @@ def load(path: Path) -> ServerConfig:
     """Read the file; relative paths in it count from its folder. Raises ConfigError."""
     config = read(path, ServerConfig)
     home = path.resolve().parent
-    tls = config.tls and Tls(certificate=home / config.tls.certificate, key=home / config.tls.key)
+    tls = config.tls and config.tls.model_copy(update={name: home / path for name, path in config.tls if isinstance(path, Path)})
     test_set = config.evaluation.test_set and home / config.evaluation.test_set
     evaluation = config.evaluation.model_copy(update={"test_set": test_set})
     database = config.database

@@ -10,6 +10,7 @@ from datetime import datetime
 from choral.messages import VersionRef
 from choral.metrics import Metric
 
+from choral_server.caller import Role, acting
 from choral_server.objective import Progress
 from choral_server.rounds import Round
 
@@ -96,7 +97,42 @@ class EventRecord:
     run: str = ""
     round: int | None = None
     client: str = ""
+    by: str = field(default_factory=acting)
+    """who did it, if somebody did"""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
-Record = RunRecord | Round | VersionRecord | ClientRecord | EventRecord
+@dataclass(frozen=True, slots=True)
+class MemberRecord:
+    """Somebody who belongs, or did. `key` is the SHA-256 of the public key of its certificate, `signing_key` its Ed25519 key.
+
+    Of somebody with a certificate of another authority, which we did not enrol, only what an operator said is known.
+    """
+
+    name: str
+    role: Role
+    key: bytes = b""
+    signing_key: bytes = b""
+    enrolled_at: datetime | None = None
+    expires_at: datetime | None = None
+    """when the newest certificate expires"""
+    revoked_at: datetime | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """A token that was handed out: `digest` of its secret, whom it makes a member, and the key of who has used it."""
+
+    digest: str
+    name: str
+    role: Role
+    expires_at: datetime
+    replace: bool = False
+    used_by: bytes = b""
+    void: bool = False
+
+
+Told = RunRecord | Round | VersionRecord | ClientRecord | EventRecord | MemberRecord
+"""what those who watch are told of"""
+Record = Told | TokenRecord

@@ -16,6 +16,8 @@ from choral.errors import (
     ConfigError,
     CorruptTransfer,
     InvalidMessage,
+    LimitExceeded,
+    NotAllowed,
     UnknownVersion,
     Unreachable,
     UpdateRefused,
@@ -25,7 +27,9 @@ from choral.status import abort
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
 
+from choral_server.caller import CALLER
 from choral_server.collection import Collection
+from choral_server.config import Limits
 from choral_server.coordinator import Coordinator
 from choral_server.intake import check_payload
 from choral_server.offload import offload
@@ -40,17 +44,21 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class FederationService(federation_pb2_grpc.FederationServicer):
     """What clients reach."""
 
-    def __init__(self, coordinator: Coordinator, sessions: Sessions, transfers: Transfers, heartbeat_s: float) -> None:
+    def __init__(
+        self, coordinator: Coordinator, sessions: Sessions, transfers: Transfers, heartbeat_s: float, limits: Limits
+    ) -> None:
         self._coordinator = coordinator
         self._attendance = coordinator.attendance
         self._sessions = sessions
         self._transfers = transfers
         self._silence_s = 3 * heartbeat_s
+        self._limits = limits
 
     async def Attend(self, requests: AsyncIterator[pb.AttendRequest], context: Context) -> AsyncIterator[pb.AttendResponse]:
         """Admit the client, then pass on what is said until either side ends the stream."""
         try:
             session = await self._admit(requests, context.peer())
+            session.stop = _this_task().cancel
         except ChoralError as error:
             log.warning("client refused", address=context.peer(), reason=str(error))
             await abort(context, error)
@@ -66,18 +74,20 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         finally:
             reading.cancel()
             if self._sessions.leave(session):
-                self._attendance.left(session, _why(reading))
+                self._attendance.left(session, session.fault or _why(reading))
 
-    async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.DownloadResponse]:
+    async def Download(self, request: pb.DownloadRequest, context: Context) -> None:  # type: ignore[override]
         """Send a checkpoint file's bytes as they lie."""
         run = self._coordinator.run
         try:
+            if request.client:
+                CALLER.get().must_be(request.client)
             if request.version == run.version.number:
                 path = await run.checkpoints.fetch(request.version)  # from the artifact store, should the copy here be lost
             else:
                 path = run.checkpoints.path(request.version)
             file = path.open("rb")
-        except ArtifactsGone as error:
+        except (ArtifactsGone, NotAllowed) as error:
             await abort(context, error)
         except (ConfigError, FileNotFoundError):
             await abort(context, UnknownVersion(f"version {request.version} is not kept any more: ask for the one announced last"))
@@ -89,10 +99,15 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             offset = file.seek(request.offset)
             try:
                 while piece := file.read(wire.CHUNK_BYTES):
-                    yield pb.DownloadResponse(chunk=wire.chunk(piece, offset))
+                    async with asyncio.timeout(run.settings.stall_s):  # or who does not read would hold on to a file and a chunk
+                        await context.write(pb.DownloadResponse(chunk=wire.chunk(piece, offset)))
                     offset += len(piece)
                     if request.client:
                         self._transfers.moved(request.client)
+            except TimeoutError:
+                told = f"nothing of version {request.version} was read for {run.settings.stall_s:g} s: fetch the rest"
+                log.warning("download broken", client=request.client, address=context.peer(), reason=told)
+                await abort(context, Unreachable(told))
             finally:
                 self._transfers.ended(request.client)
 
@@ -102,7 +117,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             first = await _next(requests, self._coordinator.run.settings.stall_s)
             if first is None or first.WhichOneof("message") != "header":
                 raise InvalidMessage("an upload begins with its header")
-            return wire.receipt_to_pb(await self._take(wire.header_from_pb(first.header), requests))
+            return wire.receipt_to_pb(await self._take(_header(first.header), requests))
         except ChoralError as error:
             log.warning("upload broken", address=context.peer(), reason=str(error))
             await abort(context, error)
@@ -110,7 +125,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
     async def ResumeUpload(self, request: pb.ResumeUploadRequest, context: Context) -> pb.ResumeUploadResponse:
         """Say whether a result is still wanted, and how much of it is here."""
         try:
-            header = wire.header_from_pb(request.header)
+            header = _header(request.header)
             answer = await self._attendance.expects(header)
             return wire.resumption_to_pb(answer.spool.held(header) if isinstance(answer, Collection) else answer)
         except UpdateRefused as error:
@@ -120,16 +135,17 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
     async def _admit(self, requests: AsyncIterator[pb.AttendRequest], address: str) -> Session:
         try:
-            async with asyncio.timeout(self._silence_s):
+            async with asyncio.timeout(self._limits.first_message_s):
                 first = await anext(requests, None)
         except TimeoutError:
-            first = None
+            raise LimitExceeded(f"no hello came within {self._limits.first_message_s:g} s (limits.first_message_s)") from None
         hello = wire.from_client_from_pb(first) if first is not None else None
         if not isinstance(hello, Hello):
             raise InvalidMessage("an attendance begins with a hello")
+        CALLER.get().must_be(hello.client)
         if self._coordinator.draining:
             raise Unreachable("the coordinator is about to end: it is there again when it has been restarted")
-        return self._sessions.admit(hello, address)
+        return self._sessions.admit(hello, address, self._limits.unread)
 
     async def _listen(self, session: Session, requests: AsyncIterator[pb.AttendRequest]) -> None:
         """Read what the client says until it stops, breaks the contract, or falls silent; then close the session."""
@@ -161,7 +177,10 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 log.info("upload not wanted", client=header.client, assignment=header.assignment, **told)
                 return collection
             try:
-                path = await collection.spool.store(header, self._pieces(header, requests))
+                async with asyncio.timeout(collection.longest_s):
+                    path = await collection.spool.store(header, self._pieces(header, requests))
+            except TimeoutError:
+                raise LimitExceeded(f"the upload took longer than a round may: {collection.longest_s:g} s") from None
             except CorruptTransfer as error:
                 collection.corrupt(header, str(error))
                 raise
@@ -187,6 +206,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         while (request := await _next(requests, stall_s)) is not None:
             match request.WhichOneof("message"):
                 case "chunk":
+                    if len(request.chunk.data) > self._limits.chunk_bytes:
+                        length = len(request.chunk.data)
+                        raise LimitExceeded(f"a chunk of {length} bytes: at most {self._limits.chunk_bytes} (limits.chunk_bytes)")
                     piece = wire.verified(request.chunk, received, header.payload_bytes)
                     received += len(piece)
                     count += 1
@@ -201,12 +223,26 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         raise Unreachable("the upload ended without its trailer: send the rest")
 
 
+def _header(message: pb.UploadHeader) -> UploadHeader:
+    """The header of the caller's own upload. Raises InvalidMessage or NotAllowed."""
+    header = wire.header_from_pb(message)
+    CALLER.get().must_be(header.client)
+    return header
+
+
 async def _next(requests: AsyncIterator[pb.UploadRequest], stall_s: float) -> pb.UploadRequest | None:
     try:
         async with asyncio.timeout(stall_s):
             return await anext(requests, None)
     except TimeoutError:
         raise Unreachable(f"nothing of the upload arrived for {stall_s:g} s: send the rest") from None
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    if task is None:
+        raise AssertionError("calls are answered in tasks")
+    return task
 
 
 def _failure(task: asyncio.Task[None]) -> BaseException | None:

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass, field
 
 from choral.errors import InvalidMessage, ManifestMismatch, NameTaken, TaskMismatch
 from choral.manifest import Manifest, first_difference
 from choral.messages import FromCoordinator, Hello
+from choral.names import ALLOWED, is_name
 
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """One client's open stream. What is said to the client waits in `outbox`; None closes the stream."""
+    """One client's open stream. What is said to the client waits in `outbox`; None closes the stream.
+
+    Of a client that does not read, no more than `unread` messages wait: then `stop` is called, and `fault` says why.
+    """
 
     client: str
     instance: str
     examples: int
     software: str
     address: str
+    unread: int
+    stop: Callable[[], object] = lambda: None
+    fault: str = ""
     outbox: asyncio.Queue[FromCoordinator | None] = field(default_factory=asyncio.Queue)
 
     def say(self, message: FromCoordinator) -> None:
         """Send `message` when the stream can take it."""
-        self.outbox.put_nowait(message)
+        if self.outbox.qsize() < self.unread:
+            self.outbox.put_nowait(message)
+        elif not self.fault:
+            self.fault = f"it has left {self.unread} messages unread (limits.unread)"
+            self.stop()
 
     def close(self) -> None:
         """End the stream after what was said."""
@@ -53,7 +63,7 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._open)
 
-    def admit(self, hello: Hello, address: str) -> Session:
+    def admit(self, hello: Hello, address: str, unread: int = 256) -> Session:
         """Open a session. The same start of a client takes over from its own broken stream.
 
         Raises InvalidMessage, TaskMismatch, ManifestMismatch or NameTaken.
@@ -64,7 +74,7 @@ class Sessions:
             raise NameTaken(f"a client named {hello.client} attends already, from {before.address}: give this one another name")
         if before is not None:
             before.close()
-        session = Session(hello.client, hello.instance, hello.examples, hello.software, address)
+        session = Session(hello.client, hello.instance, hello.examples, hello.software, address, unread)
         self._open[hello.client] = session
         self._seen.add(hello.client)
         self._any_seen.set()
@@ -107,8 +117,8 @@ class Sessions:
         await self._empty.wait()
 
     def _check(self, hello: Hello) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", hello.client):
-            raise InvalidMessage(f"client name {hello.client[:80]!r}: use 1 to 64 letters, digits, dots, dashes and underscores")
+        if not is_name(hello.client):
+            raise InvalidMessage(f"client name {hello.client[:80]!r}: use {ALLOWED}")
         if hello.task != self._task:
             raise TaskMismatch(f"this coordinator trains task {self._task}; client {hello.client} has {hello.task}: give it --task")
         if hello.task_version != self._task_version:

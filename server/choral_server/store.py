@@ -20,15 +20,17 @@ from choral_server import failpoints
 from choral_server.database import Database
 from choral_server.failpoints import Transition
 from choral_server.lease import Lease
-from choral_server.records import ClientRecord, EventRecord, Record, RunRecord, VersionRecord
+from choral_server.records import ClientRecord, EventRecord, MemberRecord, Record, RunRecord, TokenRecord, Told, VersionRecord
 from choral_server.rounds import ENDED, Part, Round, RoundState, as_kept
 from choral_server.tables import (
     ASSIGNMENTS,
     CLIENTS,
     EVENTS,
     INSERT,
+    MEMBERS,
     ROUNDS,
     RUNS,
+    TOKENS,
     VERSIONS,
     Row,
     Words,
@@ -36,19 +38,23 @@ from choral_server.tables import (
     client_to_row,
     event_from_row,
     event_to_row,
+    member_from_row,
+    member_to_row,
     part_from_row,
     part_to_row,
     round_from_row,
     round_to_row,
     run_from_row,
     run_to_row,
+    token_from_row,
+    token_to_row,
     version_from_row,
     version_to_row,
 )
 
 RoundKey = tuple[str, int]
 _UNREAD = 10_000  # states that a slow watcher may be behind; older ones are dropped
-_WRITTEN = (RUNS, ROUNDS, ASSIGNMENTS, VERSIONS, CLIENTS, EVENTS)  # in this order, for what refers to what
+_WRITTEN = (RUNS, ROUNDS, ASSIGNMENTS, VERSIONS, CLIENTS, MEMBERS, TOKENS, EVENTS)  # in this order, for what refers to what
 
 _RUN = bindparam("of_run", type_=Words)
 _LIMIT = bindparam("at_most", type_=sa.BigInteger)
@@ -89,11 +95,24 @@ class _KeptRound:
 
 
 class Store:
-    """The records. `runs` in order of creation, `clients` by name; what `commit` has written, all readers see at once."""
+    """The records. `runs` in order of creation, `clients` and `members` by name, `tokens` by digest.
 
-    def __init__(self, database: Database, lease: Lease, runs: Iterable[RunRecord], clients: Iterable[ClientRecord]) -> None:
+    What `commit` has written, all readers see at once.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        lease: Lease,
+        runs: Iterable[RunRecord],
+        clients: Iterable[ClientRecord],
+        members: Iterable[MemberRecord] = (),
+        tokens: Iterable[TokenRecord] = (),
+    ) -> None:
         self.runs = {run.name: run for run in runs}
         self.clients = {client.name: client for client in clients}
+        self.members = {member.name: member for member in members}
+        self.tokens = {token.digest: token for token in tokens}
         self._database = database
         self._lease = lease
         self._upserts = {table: _upsert(INSERT[database.dialect], table) for table in _WRITTEN}
@@ -111,7 +130,10 @@ class Store:
         async def work(connection: AsyncConnection) -> Store:
             runs = await _fetch(connection, sa.select(RUNS).order_by(RUNS.c.place))
             clients = await _fetch(connection, sa.select(CLIENTS).order_by(CLIENTS.c.name))
-            return cls(database, lease, map(run_from_row, runs), map(client_from_row, clients))
+            members = await _fetch(connection, sa.select(MEMBERS).order_by(MEMBERS.c.name))
+            tokens = await _fetch(connection, sa.select(TOKENS))
+            known = map(run_from_row, runs), map(client_from_row, clients)
+            return cls(database, lease, *known, map(member_from_row, members), map(token_from_row, tokens))
 
         return await database.read(work)
 
@@ -151,8 +173,14 @@ class Store:
                     self.runs[record.name] = record
                 case ClientRecord():
                     self.clients[record.name] = record
+                case MemberRecord():
+                    self.members[record.name] = record
+                case TokenRecord():
+                    self.tokens[record.digest] = record
                 case Round() if record.state not in ENDED:
                     self._live[_round_key(record)] = record
+            if isinstance(record, TokenRecord):
+                continue  # the business of nobody
             for watcher in self._watchers:
                 watcher.tell(record)
 
@@ -182,6 +210,10 @@ class Store:
                     batch.add(CLIENTS, client_to_row(record))
                 case EventRecord():
                     batch.add(EVENTS, event_to_row(record))
+                case MemberRecord():
+                    batch.add(MEMBERS, member_to_row(record))
+                case TokenRecord():
+                    batch.add(TOKENS, token_to_row(record))
         return batch
 
     def _add_round(self, batch: _Batch, record: Round) -> None:
@@ -265,10 +297,10 @@ class Store:
 
     # Watching
 
-    async def watch(self) -> AsyncIterator[Record]:
-        """All runs and clients as they are, then every change; a reader that is behind gets only the newest state of each."""
+    async def watch(self) -> AsyncIterator[Told]:
+        """All runs, clients and members as they are, then every change; who is behind gets only the newest state of each."""
         watcher = _Watcher()
-        present: list[Record] = [*self.runs.values(), *self.clients.values()]
+        present: list[Told] = [*self.runs.values(), *self.clients.values(), *self.members.values()]
         for record in present:
             watcher.tell(record)
         self._watchers.add(watcher)
@@ -291,14 +323,14 @@ class _Watcher:
 
     def __init__(self) -> None:
         self.ended = False
-        self._news: dict[tuple[object, ...], Record] = {}
+        self._news: dict[tuple[object, ...], Told] = {}
         self._any = asyncio.Event()
 
     @property
     def behind(self) -> bool:
         return bool(self._news)
 
-    def tell(self, record: Record) -> None:
+    def tell(self, record: Told) -> None:
         key = _key(record)
         self._news.pop(key, None)  # so that it moves to the end
         self._news[key] = record
@@ -310,7 +342,7 @@ class _Watcher:
         self.ended = True
         self._any.set()
 
-    async def news(self) -> list[Record]:
+    async def news(self) -> list[Told]:
         await self._any.wait()
         self._any.clear()
         unread, self._news = self._news, {}
@@ -329,8 +361,10 @@ def _key(record: Record) -> tuple[object, ...]:
             return VersionRecord, record.run, record.version.number
         case EventRecord():
             return EventRecord, record.id
-        case RunRecord() | ClientRecord():
+        case RunRecord() | ClientRecord() | MemberRecord():
             return type(record), record.name
+        case TokenRecord():
+            return TokenRecord, record.digest
 
 
 def _round_key(record: Round) -> RoundKey:

@@ -16,8 +16,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
+from choral_server.caller import Role
 from choral_server.objective import Progress
-from choral_server.records import ClientRecord, EventRecord, RunRecord, RunState, VersionRecord
+from choral_server.records import ClientRecord, EventRecord, MemberRecord, RunRecord, RunState, TokenRecord, VersionRecord
 from choral_server.rounds import Part, PartState, Round, RoundState
 
 Row = dict[str, Any]
@@ -179,8 +180,34 @@ EVENTS = Table(
     Column("run", Words, nullable=False),
     Column("round", sa.BigInteger),
     Column("client", Words, nullable=False),
+    Column("by", Words, nullable=False),
     Index(None, "run", "sequence"),
     Index(None, "client", "sequence"),
+)
+
+MEMBERS = Table(
+    "members",
+    METADATA,
+    Column("name", Words, primary_key=True),
+    Column("role", Words, nullable=False),
+    Column("key", sa.LargeBinary, nullable=False),
+    Column("signing_key", sa.LargeBinary, nullable=False),
+    Column("enrolled_at", Moment),
+    Column("expires_at", Moment),
+    Column("revoked_at", Moment),
+    Column("reason", Words, nullable=False),
+)
+
+TOKENS = Table(
+    "tokens",
+    METADATA,
+    Column("digest", Words, primary_key=True),
+    Column("name", Words, nullable=False),
+    Column("role", Words, nullable=False),
+    Column("expires_at", Moment, nullable=False),
+    Column("replace", sa.Boolean, nullable=False),
+    Column("used_by", sa.LargeBinary, nullable=False),
+    Column("void", sa.Boolean, nullable=False),
 )
 
 LEASES = Table(
@@ -324,6 +351,7 @@ def event_to_row(record: EventRecord) -> Row:
         "run": record.run,
         "round": record.round,
         "client": record.client,
+        "by": record.by,
     }
 
 
@@ -332,3 +360,40 @@ def event_from_row(row: Row) -> EventRecord:
     content = dict(row)
     del content["sequence"]
     return EventRecord(**content)
+
+
+def member_to_row(record: MemberRecord) -> Row:
+    """A member."""
+    return {
+        "name": record.name,
+        "role": record.role.value,
+        "key": record.key,
+        "signing_key": record.signing_key,
+        "enrolled_at": record.enrolled_at,
+        "expires_at": record.expires_at,
+        "revoked_at": record.revoked_at,
+        "reason": record.reason,
+    }
+
+
+def member_from_row(row: Row) -> MemberRecord:
+    """The member that was stored."""
+    return MemberRecord(**dict(row) | {"role": Role(row["role"])})
+
+
+def token_to_row(record: TokenRecord) -> Row:
+    """A token."""
+    return {
+        "digest": record.digest,
+        "name": record.name,
+        "role": record.role.value,
+        "expires_at": record.expires_at,
+        "replace": record.replace,
+        "used_by": record.used_by,
+        "void": record.void,
+    }
+
+
+def token_from_row(row: Row) -> TokenRecord:
+    """The token that was stored."""
+    return TokenRecord(**dict(row) | {"role": Role(row["role"])})

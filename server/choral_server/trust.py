@@ -1,4 +1,4 @@
-"""The coordinator's own certificate authority: enough for clients to know that they talk to their coordinator."""
+"""The coordinator's own certificate authority: it vouches for the coordinator towards clients, and for clients towards it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,101 @@ import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, Self
 
+from choral.durable import write_durably
 from choral.errors import TrustError
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_CERTIFICATE, CA_KEY = "ca.pem", "ca.key"
 SERVER_CERTIFICATE, SERVER_KEY = "server.pem", "server.key"
 _CA_DAYS, _SERVER_DAYS = 3650, 825
 
+_RENEW_DAYS = 30.0
+_EARLIER = timedelta(minutes=5)  # clocks differ
+
 Key = ec.EllipticCurvePrivateKey
+
+
+class Authority:
+    """Signs the certificates of those who belong."""
+
+    def __init__(self, certificate: x509.Certificate, key: Key) -> None:
+        self.certificate = certificate
+        self._key = key
+
+    @classmethod
+    def load(cls, certificate: Path, key: Path) -> Self:
+        """From PEM files. Raises TrustError: one cannot be used, or they do not belong together."""
+        own, private = certificate_in(certificate), key_in(key)
+        if own.public_key() != private.public_key():
+            raise TrustError(f"tls.ca_key: {key} is not the key of {certificate}: give the two that belong together")
+        return cls(own, private)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the certificate, by which clients know it."""
+        return self.certificate.fingerprint(hashes.SHA256())
+
+    def certify(self, public_key: Key | Any, name: str, role: str, lifetime_s: float, now: datetime) -> x509.Certificate:
+        """A client's certificate. It ends with the authority at the latest."""
+        subject = x509.Name(
+            [x509.NameAttribute(NameOID.COMMON_NAME, name), x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role)]
+        )
+        ends = min(now + timedelta(seconds=lifetime_s), self.certificate.not_valid_after_utc)
+        return (
+            _builder(subject, self.certificate.subject, public_key, now, ends)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+
+    def renew_server(self, path: Path, key: Path, now: datetime) -> bool:
+        """Replace the server's certificate, if it is ours and expires within a month; whether that was done. Raises TrustError."""
+        old = certificate_in(path)
+        if old.issuer != self.certificate.subject or old.not_valid_after_utc - now > timedelta(days=_RENEW_DAYS):
+            return False
+        names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        new = _signed_server(key_in(key), names, self.certificate, self._key)
+        try:
+            write_durably(path, new.public_bytes(serialization.Encoding.PEM))
+        except OSError as error:
+            raise TrustError(
+                f"tls.certificate: {path} expires on {old.not_valid_after_utc:%Y-%m-%d} and cannot be replaced ({error.strerror}): "
+                "let this user write it"
+            ) from error
+        return True
+
+
+def certificate_in(path: Path) -> x509.Certificate:
+    """The first certificate in a PEM file. Raises TrustError."""
+    try:
+        return x509.load_pem_x509_certificates(_content(path))[0]
+    except (ValueError, IndexError) as error:
+        raise TrustError(f"tls: {path} holds no certificate in PEM form: give the right file") from error
+
+
+def key_in(path: Path) -> Key:
+    """The private key in a PEM file. Raises TrustError: it is none, or of a kind that clients' TLS refuses."""
+    try:
+        key = serialization.load_pem_private_key(_content(path), None)
+    except (ValueError, TypeError) as error:
+        raise TrustError(
+            f"tls: {path} holds no private key in PEM form that opens without a password: give the right file"
+        ) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+        raise TrustError(f"tls: {path} holds a key that gRPC's TLS cannot use: make an ECDSA P-256 or RSA key")
+    return key  # type: ignore[return-value]
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TrustError(f"tls: {path} cannot be read ({error.strerror}): `choral server init` makes it") from error
 
 
 def make_authority(folder: Path, hosts: Sequence[str]) -> None:
@@ -35,7 +118,8 @@ def make_authority(folder: Path, hosts: Sequence[str]) -> None:
         )
     ca_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     authority = _authority(ca_key)
-    server = _server(server_key, hosts, authority, ca_key)
+    names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+    server = _signed_server(server_key, names, authority, ca_key)
     folder.mkdir(parents=True, exist_ok=True)
     _write_key(folder / CA_KEY, ca_key)
     _write_key(folder / SERVER_KEY, server_key)
@@ -56,36 +140,37 @@ def _authority(key: Key) -> x509.Certificate:
         encipher_only=False,
         decipher_only=False,
     )
+    now = datetime.now(UTC)
     return (
-        _builder(name, name, key, _CA_DAYS)
+        _builder(name, name, key.public_key(), now, now + timedelta(days=_CA_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA256())
     )
 
 
-def _server(key: Key, hosts: Sequence[str], authority: x509.Certificate, ca_key: Key) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Choral coordinator")])
+def _signed_server(key: Key, names: x509.SubjectAlternativeName, authority: x509.Certificate, ca_key: Key) -> x509.Certificate:
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Choral coordinator")]), datetime.now(UTC)
+    ends = min(now + timedelta(days=_SERVER_DAYS), authority.not_valid_after_utc)
     return (
-        _builder(name, authority.subject, key, _SERVER_DAYS)
+        _builder(name, authority.subject, key.public_key(), now, ends)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False)
+        .add_extension(names, critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(ca_key, hashes.SHA256())
     )
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: Key, days: int) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
+def _builder(subject: x509.Name, issuer: x509.Name, public_key: Any, begins: datetime, ends: datetime) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(public_key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(minutes=5))
-        .not_valid_after(now + timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .not_valid_before(begins - _EARLIER)
+        .not_valid_after(ends)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
     )
 
 

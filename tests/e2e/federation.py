@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,18 +10,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
 
 import grpc
 import yaml
+from choral.address import HostPort
+from choral.identity import Identity
+from choral.token import Token
 from choral.v1 import admin_pb2, admin_pb2_grpc
+from choral_client.enrolment import enrol, tls
+from choral_deploy.given import hand_over
 from choral_server.trust import make_authority
 from e2e.zygote import Forked, Zygote
 
+T = TypeVar("T")
 PATIENCE_S = 90.0  # for a loaded machine; no test asserts how long anything took
 CLI = ("-m", "choral_deploy.cli")
 BOSTON = "choral.tasks.boston_housing:task"
@@ -200,6 +208,7 @@ class Federation:
     def __init__(self, folder: Path, hosts: Sequence[str] = ("localhost", "127.0.0.1"), zygote: Zygote | None = None) -> None:
         make_authority(folder, hosts)
         self._zygote = zygote
+        self._identities: dict[str, Identity] = {}
         self.folder = folder
         self.config = folder / "choral.yaml"
         self.address = ""
@@ -245,7 +254,7 @@ class Federation:
         """Write the configuration: a small run, with these changes; a value of None removes its key."""
         content: dict[str, Any] = {
             "listen": "127.0.0.1:0",
-            "tls": {"certificate": "server.pem", "key": "server.key"},
+            "tls": {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem", "ca_key": "ca.key"},
             "state": "state",
             "task": "small:task",
             "run": {"rounds": 3, "cohort_size": 2, "deadline_s": 600},
@@ -275,19 +284,43 @@ class Federation:
         return process
 
     def client(self, name: str, shard: Path | None = None, task: str = "small:task", **options: Any) -> Process:
-        """Start a client, by default with a shard of its own; option `flags`: further flags by name."""
-        flags = {
+        """Start a client, by default with a shard of its own and enrolled as a user would; option `flags`: further flags by name.
+
+        A flag of value None is left out.
+        """
+        flags: dict[str, Any] = {
             "--name": name,
             "--server": self.address,
             "--task": task,
             "--data": shard or self.write_shard(name),
-            "--ca": self.ca,
             "--state": self.folder / name / "client",
             "--holdout": 0,
             "--threads": 1,
             "--log-format": "json",
         } | options.pop("flags", {})
+        if not flags.keys() & {"--token", "--ca", "--plaintext"} and not (Path(flags["--state"]) / "identity").exists():
+            flags["--token"] = self.token_file(name)
+        flags = {flag: value for flag, value in flags.items() if value is not None}
         return self.start(name, "client", *(part for flag in flags.items() for part in flag), **options)
+
+    def token(self, name: str, role: str = "device", **fields: Any) -> str:
+        """A new token, which may take the place of a member of that name."""
+        with self.admin() as admin:
+            asked = admin_pb2.IssueTokenRequest(**{"name": name, "role": role, "replace": True} | fields)
+            return admin.IssueToken(asked, timeout=PATIENCE_S, wait_for_ready=True).token
+
+    def token_file(self, name: str) -> Path:
+        """A file with a new token."""
+        path = self.folder / f"{name}.token"
+        hand_over(path, self.token(name))
+        return path
+
+    def identity(self, name: str, role: str = "device") -> Identity:
+        """The identity of a member that is no process of its own; made when it is asked for the first time."""
+        if name not in self._identities:
+            made = Token.parse(self.token(name, role))
+            self._identities[name] = run_apart(enrol(made, HostPort.parse(self.address), self.folder / "members" / name))
+        return self._identities[name]
 
     def command(self, *arguments: object) -> Process:
         """Run a `choral` command to its end."""
@@ -313,9 +346,15 @@ class Federation:
         with self.admin() as admin:
             yield from admin.Watch(admin_pb2.WatchRequest(), timeout=PATIENCE_S)
 
-    def secure_channel(self) -> grpc.Channel:
-        """A channel to the clients' port, over TLS."""
-        return grpc.secure_channel(self.address, grpc.ssl_channel_credentials(self.ca.read_bytes()))
+    def secure_channel(self, name: str = "somebody", role: str = "device") -> grpc.Channel:
+        """A channel to the members' port, of the member of that name."""
+        return grpc.secure_channel(self.address, tls(self.identity(name, role).credentials))
+
+
+def run_apart(doing: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, also for who is called from another."""
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(asyncio.run, doing).result()
 
 
 def _entries(lines: Iterable[str]) -> Iterator[dict[str, Any]]:

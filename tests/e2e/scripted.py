@@ -12,6 +12,7 @@ from typing import Any, Self
 import grpc
 import numpy as np
 from choral.flat import describe
+from choral.names import is_name
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc, model_pb2
 from choral.wire import manifest_to_pb
@@ -66,11 +67,12 @@ def client_of(assignment: str) -> str:
 
 
 class Scripted:
-    """An attendance. Whatever it says is said by the test."""
+    """An attendance. Whatever it says is said by the test; it shows the certificate of `member`, else of whom it says to be."""
 
-    def __init__(self, federation: Federation, *first: pb.AttendRequest) -> None:
+    def __init__(self, federation: Federation, *first: pb.AttendRequest, member: str | None = None) -> None:
         self._says: queue.SimpleQueue[pb.AttendRequest | None] = queue.SimpleQueue()
-        self._channel = federation.secure_channel()
+        said = next((message.hello.client for message in first), "")
+        self._channel = federation.secure_channel(member or (said if is_name(said) else "somebody"))
         self.stub = federation_pb2_grpc.FederationStub(self._channel)
         for message in first:
             self.say(message)

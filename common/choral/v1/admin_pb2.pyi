@@ -864,6 +864,7 @@ class WatchResponse(google.protobuf.message.Message):
     CLIENT_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     EVENT_FIELD_NUMBER: builtins.int
+    MEMBER_FIELD_NUMBER: builtins.int
     @property
     def run(self) -> global___Run:
         """The run."""
@@ -884,6 +885,10 @@ class WatchResponse(google.protobuf.message.Message):
     def event(self) -> global___Event:
         """An event."""
 
+    @property
+    def member(self) -> global___Member:
+        """A member."""
+
     def __init__(
         self,
         *,
@@ -892,10 +897,11 @@ class WatchResponse(google.protobuf.message.Message):
         client: global___Client | None = ...,
         version: global___Version | None = ...,
         event: global___Event | None = ...,
+        member: global___Member | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["change", b"change", "client", b"client", "event", b"event", "round", b"round", "run", b"run", "version", b"version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["change", b"change", "client", b"client", "event", b"event", "round", b"round", "run", b"run", "version", b"version"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["change", b"change"]) -> typing.Literal["run", "round", "client", "version", "event"] | None: ...
+    def HasField(self, field_name: typing.Literal["change", b"change", "client", b"client", "event", b"event", "member", b"member", "round", b"round", "run", b"run", "version", b"version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["change", b"change", "client", b"client", "event", b"event", "member", b"member", "round", b"round", "run", b"run", "version", b"version"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["change", b"change"]) -> typing.Literal["run", "round", "client", "version", "event", "member"] | None: ...
 
 global___WatchResponse = WatchResponse
 
@@ -1178,6 +1184,7 @@ class Event(google.protobuf.message.Message):
     ROUND_FIELD_NUMBER: builtins.int
     CLIENT_FIELD_NUMBER: builtins.int
     TOLD_FIELD_NUMBER: builtins.int
+    BY_FIELD_NUMBER: builtins.int
     what: builtins.str
     """What: one word or two, e.g. "upload refused", "client quarantined", "round abandoned", "database gone"."""
     run: builtins.str
@@ -1188,6 +1195,8 @@ class Event(google.protobuf.message.Message):
     """Name of the client that it concerns; empty: none."""
     told: builtins.str
     """The reason or the circumstances, in words for people."""
+    by: builtins.str
+    """Name of the member who did it, or of the user of the coordinator's machine; empty: nobody did."""
     @property
     def at(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When."""
@@ -1201,9 +1210,10 @@ class Event(google.protobuf.message.Message):
         round: builtins.int | None = ...,
         client: builtins.str = ...,
         told: builtins.str = ...,
+        by: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_round", b"_round", "at", b"at", "round", b"round"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_round", b"_round", "at", b"at", "client", b"client", "round", b"round", "run", b"run", "told", b"told", "what", b"what"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_round", b"_round", "at", b"at", "by", b"by", "client", b"client", "round", b"round", "run", b"run", "told", b"told", "what", b"what"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_round", b"_round"]) -> typing.Literal["round"] | None: ...
 
 global___Event = Event

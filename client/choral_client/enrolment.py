@@ -1,0 +1,189 @@
+"""How a device comes to belong: keys made here, which never leave, and a certificate for them from the coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import socket
+import ssl
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+from choral import identity
+from choral.address import HostPort
+from choral.durable import sync_folder, write_durably
+from choral.errors import TrustError, Unreachable
+from choral.identity import Credentials, Identity, read_identity
+from choral.status import from_rpc
+from choral.token import Token
+from choral.v1 import enrolment_pb2 as pb
+from choral.v1 import enrolment_pb2_grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
+from cryptography.x509.oid import NameOID
+
+log = structlog.get_logger()
+PROOF = b"choral enrolment 1"
+_NEW, _OLD = f"{identity.FOLDER}.new", f"{identity.FOLDER}.old"
+_CALL_S = 20.0
+
+
+async def enrol(token: Token, server: HostPort, state: Path) -> Identity:
+    """Enrol with a token at the coordinator whose clients' port is `server`; the identity is then in `state`, in place of an older.
+
+    What was begun and got no answer goes on with the same keys. Raises TrustError: the coordinator is not the token's; Unreachable;
+    TokenRefused.
+    """
+    fresh = state / _NEW
+    _make_keys(fresh)
+    ca = await asyncio.to_thread(_authority, HostPort(server.host, token.port), token.authority)
+    address = str(HostPort(server.host, token.port))
+    request = _signing_request(_private(fresh / identity.KEY), token.name)
+    signing = _private(fresh / identity.SIGNING_KEY)
+    asked = pb.EnrolRequest(
+        secret=token.secret,
+        signing_request=request,
+        signing_key=signing.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw),
+        signature=signing.sign(PROOF + request),
+    )
+    async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca)) as channel:
+        try:
+            answer = await enrolment_pb2_grpc.EnrolmentStub(channel).Enrol(asked, timeout=_CALL_S)  # type: ignore[misc]
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, address) from error
+    about = {"name": answer.name, "role": answer.role, "server": str(server)}
+    write_durably(fresh / identity.AUTHORITY, ca)
+    write_durably(fresh / identity.CERTIFICATE, _pem(answer.certificate))
+    write_durably(fresh / identity.ABOUT, json.dumps(about).encode())
+    read_identity(fresh)  # what cannot be used takes no place
+    _move(state)
+    return read_identity(state / identity.FOLDER)
+
+
+def held(state: Path) -> Identity | None:
+    """The identity in a state folder, if there is one. Raises TrustError: it cannot be used."""
+    place, fresh = state / identity.FOLDER, state / _NEW
+    if not place.exists() and (fresh / identity.ABOUT).exists():
+        _move(state)  # an earlier process ended just before it did
+    return read_identity(place) if place.exists() else None
+
+
+async def renew(known: Identity) -> Identity:
+    """A new certificate for the same key, kept in the identity's folder. Raises Unreachable or a Refused."""
+    address = str(known.server)
+    request = _signing_request(_private(known.folder / identity.KEY), known.name)
+    async with grpc.aio.secure_channel(address, tls(known.credentials)) as channel:
+        try:
+            stub: Any = enrolment_pb2_grpc.EnrolmentStub(channel)
+            answer = await stub.Renew(pb.RenewRequest(signing_request=request), timeout=_CALL_S)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, address) from error
+    write_durably(known.folder / identity.CERTIFICATE, _pem(answer.certificate))
+    return read_identity(known.folder)
+
+
+def tls(credentials: Credentials) -> grpc.ChannelCredentials:
+    """As gRPC takes them."""
+    return grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.certificate)
+
+
+def _make_keys(folder: Path) -> None:
+    """The two private keys in `folder`, unless an attempt before has made them: ECDSA P-256 for TLS, Ed25519 to sign."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, generate in (
+            (identity.KEY, lambda: ec.generate_private_key(ec.SECP256R1())),
+            (identity.SIGNING_KEY, ed25519.Ed25519PrivateKey.generate),
+        ):
+            with suppress(FileExistsError):
+                _write_key(folder / name, generate())
+    except OSError as error:
+        raise TrustError(f"{folder} cannot be used ({error.strerror}): give a --state that this user may write") from error
+
+
+def _write_key(path: Path, key: Any) -> None:
+    """Raises FileExistsError. A key that is there is whole: it is written aside first."""
+    if path.exists():
+        raise FileExistsError(path)
+    aside = path.with_name(f".{path.name}.aside")
+    aside.unlink(missing_ok=True)
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+    sync_folder(path.parent)
+
+
+def _private(path: Path) -> Any:
+    try:
+        return load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise TrustError(f"{path} holds no private key: remove the folder {path.parent} and enrol again") from error
+
+
+def _signing_request(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    return x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
+
+
+def _pem(certificate: bytes) -> bytes:
+    try:
+        return x509.load_der_x509_certificate(certificate).public_bytes(Encoding.PEM)
+    except ValueError as error:
+        raise TrustError("the coordinator answered with something that is no certificate: look at both releases") from error
+
+
+def _authority(address: HostPort, fingerprint: bytes) -> bytes:
+    """The certificate (PEM) of the authority that the token names, from the chain that the coordinator shows.
+
+    Nothing is trusted yet: what is shown counts only if its SHA-256 is `fingerprint`. The connection over which the secret goes
+    is another, and verified. Raises Unreachable or TrustError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection((address.host, address.port), timeout=_CALL_S) as plain,
+            context.wrap_socket(plain, server_hostname=address.host) as link,
+        ):
+            shown = _chain(link)
+    except ssl.SSLError as error:
+        raise TrustError(f"what answers at {address} does not speak TLS ({error.reason}): is it a Choral coordinator?") from error
+    except OSError as error:
+        raise Unreachable(f"nobody enrols clients at {address} ({error.strerror or error}): is the coordinator running?") from error
+    for certificate in shown:
+        if hashlib.sha256(certificate).digest() == fingerprint:
+            return ssl.DER_cert_to_PEM_cert(certificate).encode()
+    raise TrustError(
+        f"the coordinator at {address} is not the one that made the token: its authority has another fingerprint. "
+        "Check --server; if it is right, somebody is between you and the coordinator"
+    )
+
+
+def _chain(link: ssl.SSLSocket) -> list[bytes]:
+    """The certificates (DER) as shown. Public since Python 3.13."""
+    if hasattr(link, "get_unverified_chain"):
+        return list(link.get_unverified_chain())
+    shown = link._sslobj.get_unverified_chain() or []  # type: ignore[attr-defined]
+    return [ssl.PEM_cert_to_DER_cert(certificate.public_bytes()) for certificate in shown]
+
+
+def _move(state: Path) -> None:
+    """Put the new identity in the place of the old."""
+    fresh, place, old = state / _NEW, state / identity.FOLDER, state / _OLD
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    fresh.rename(place)
+    sync_folder(state)
+    shutil.rmtree(old, ignore_errors=True)

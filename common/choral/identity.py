@@ -1,0 +1,104 @@
+"""Who somebody is towards the coordinator: a private key, its certificate, and the authority to trust; in a folder, or given."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from choral.address import HostPort
+from choral.errors import TrustError
+
+FOLDER = "identity"
+KEY, CERTIFICATE, SIGNING_KEY, AUTHORITY, ABOUT = "tls.key", "tls.pem", "signing.key", "ca.pem", "about.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What TLS needs, all PEM: the authority that must have signed the other side's certificate, and one's own, with its key."""
+
+    ca: bytes
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+    @property
+    def expires_at(self) -> datetime:
+        """When the certificate expires."""
+        return x509.load_pem_x509_certificate(self.certificate).not_valid_after_utc
+
+    @property
+    def lifetime_s(self) -> float:
+        """For how many seconds the certificate was made."""
+        certificate = x509.load_pem_x509_certificate(self.certificate)
+        return (certificate.not_valid_after_utc - certificate.not_valid_before_utc).total_seconds()
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A member's identity as enrolment left it in `folder`."""
+
+    folder: Path
+    name: str
+    role: str
+    server: HostPort
+    credentials: Credentials
+
+
+def read_identity(folder: Path) -> Identity:
+    """The identity in a folder. Raises TrustError: there is none, it is damaged, or its certificate has expired."""
+    try:
+        about = json.loads((folder / ABOUT).read_bytes())
+        name, role, server = str(about["name"]), str(about["role"]), HostPort.parse(about["server"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TrustError(f"{folder / ABOUT} is damaged ({error}): enrol again with a new token") from error
+    except OSError as error:
+        raise TrustError(
+            f"{folder}: no identity is there ({error.strerror}): enrol with a token, which `choral server token` prints"
+        ) from error
+    credentials = read_credentials(folder / AUTHORITY, folder / CERTIFICATE, folder / KEY)
+    return Identity(folder, name, role, server, credentials)
+
+
+def read_credentials(ca: Path, certificate: Path, key: Path) -> Credentials:
+    """Credentials from PEM files. Raises TrustError: one cannot be used, they do not belong together, or one has expired."""
+    authority = certificates(ca)
+    own, private = certificates(certificate), _key(key)
+    read = Credentials(authority, own, private)
+    if x509.load_pem_x509_certificate(own).public_key() != load_pem_private_key(private, None).public_key():
+        raise TrustError(f"{key} is not the key of {certificate}: give the two that belong together")
+    if read.expires_at < datetime.now(UTC):
+        raise TrustError(
+            f"{certificate} has expired on {read.expires_at:%Y-%m-%d %H:%M} UTC: enrol again with a new token from the "
+            "coordinator's operator, and look at this device's clock"
+        )
+    return read
+
+
+def certificates(path: Path) -> bytes:
+    """The content of a file with certificates. Raises TrustError."""
+    content = _read(path)
+    try:
+        x509.load_pem_x509_certificates(content)
+    except ValueError as error:
+        raise TrustError(f"{path} holds no certificate in PEM form: give the right file") from error
+    return content
+
+
+def _key(path: Path) -> bytes:
+    content = _read(path)
+    try:
+        load_pem_private_key(content, None)
+    except (ValueError, TypeError) as error:
+        raise TrustError(f"{path} holds no private key in PEM form that opens without a password: give the right file") from error
+    return content
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TrustError(f"{path} cannot be read ({error.strerror}): give a file that this user may read") from error

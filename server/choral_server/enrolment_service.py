@@ -1,0 +1,45 @@
+"""The Enrolment servicer: translate and call. No decisions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import structlog
+from choral.errors import ChoralError
+from choral.status import abort
+from choral.v1 import enrolment_pb2 as pb
+from choral.v1 import enrolment_pb2_grpc
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from choral_server.caller import CALLER
+from choral_server.membership import Membership
+
+log = structlog.get_logger()
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
+    """What those reach who want to belong, and go on belonging."""
+
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+
+    async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolResponse:
+        """Turn a token into a certificate."""
+        try:
+            asked = request.secret, request.signing_request, request.signing_key, request.signature
+            certificate, member = await self._membership.enrol(*asked)
+        except ChoralError as error:
+            log.warning("enrolment refused", address=context.peer(), reason=str(error))
+            await abort(context, error)
+        return pb.EnrolResponse(certificate=certificate.public_bytes(Encoding.DER), name=member.name, role=member.role.value)
+
+    async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
+        """The caller's next certificate."""
+        try:
+            certificate = await self._membership.renew(CALLER.get(), request.signing_request)
+        except ChoralError as error:
+            log.warning("renewal refused", client=CALLER.get().name, reason=str(error))
+            await abort(context, error)
+        return pb.RenewResponse(certificate=certificate.public_bytes(Encoding.DER))
