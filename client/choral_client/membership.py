@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import count
 
 import structlog
 from choral.address import HostPort
-from choral.errors import ChoralError, ConfigError, TrustError
+from choral.errors import ChoralError, ConfigError, LimitExceeded, TrustError, Unreachable
 from choral.identity import Credentials, Identity, read_credentials
 from choral.token import Token
 
@@ -42,8 +44,7 @@ async def belonging(config: ClientConfig) -> Belonging:
             return Belonging(config.server, config.name, read_credentials(config.ca, config.certificate, config.key))
     known = held(config.folder)
     if known is None and config.token is not None and config.server is not None:
-        known = await enrol(_token(config), config.server, config.folder)
-        log.info("enrolled", name=known.name, role=known.role, server=str(known.server))
+        known = await _enrolled(config, _token(config), config.server)
     if known is None:
         raise TrustError(
             f"{config.folder}: this client has not enrolled: `choral client enrol TOKEN --server HOST:PORT`; the coordinator's "
@@ -76,6 +77,25 @@ async def keep(known: Identity, transport: GrpcTransport, rng: random.Random) ->
             failures = 0
             log.info("certificate renewed", expires_at=known.credentials.expires_at.isoformat())
             transport.show(known.credentials)
+
+
+async def _enrolled(config: ClientConfig, token: Token, server: HostPort) -> Identity:
+    """Enrol, as patiently as a first contact is tried. Raises as `enrol`."""
+    began, rng = time.monotonic(), random.Random()  # noqa: S311 - spreads clients in time; nothing secret
+    for attempt in count(1):
+        try:
+            known = await enrol(token, server, config.folder)
+        except (Unreachable, LimitExceeded) as error:
+            left_s = config.first_contact_s - (time.monotonic() - began)
+            if left_s < 0:
+                raise
+            pause_s = min(full_jitter(attempt, rng, config.longest_pause_s), left_s)
+            log.warning("not enrolled yet", reason=str(error), again_in_s=round(pause_s, 2))
+            await asyncio.sleep(pause_s)
+        else:
+            log.info("enrolled", name=known.name, role=known.role, server=str(known.server))
+            return known
+    raise AssertionError("count never ends")
 
 
 def _token(config: ClientConfig) -> Token:

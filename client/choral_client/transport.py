@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import grpc
 from choral import wire
-from choral.errors import CorruptTransfer, InvalidMessage, Unreachable
+from choral.errors import CorruptTransfer, InvalidMessage, TrustError, Unreachable
 from choral.identity import Credentials
 from choral.messages import FromClient, FromCoordinator, Hello, Receipt, UploadHeader, VersionRef
 from choral.status import from_rpc
@@ -74,6 +75,7 @@ class GrpcTransport:
         self._connect(credentials)
 
     def _connect(self, credentials: Credentials | None) -> None:
+        self._expires_at = credentials.expires_at if credentials is not None else None
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
         else:
@@ -96,7 +98,12 @@ class GrpcTransport:
 
     @asynccontextmanager
     async def attend(self, hello: Hello) -> AsyncIterator[Attendance]:
-        """Open the stream with `hello`; leaving the context closes it."""
+        """Open the stream with `hello`; leaving the context closes it. Raises TrustError: the certificate has expired."""
+        if self._expires_at is not None and self._expires_at < datetime.now(UTC):
+            raise TrustError(
+                f"this client's certificate expired on {self._expires_at:%Y-%m-%d %H:%M} UTC: enrol again with a new token from "
+                "the coordinator's operator, and look at this device's clock"
+            )
         call = self._attending = self._stub.Attend()
         try:
             stream = _GrpcAttendance(call, self._address)

@@ -9,7 +9,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from choral.errors import ChoralError, TrustError, Unreachable, by_name
+from choral.errors import ChoralError, LimitExceeded, TrustError, Unreachable, by_name
 
 DOMAIN = "choral.v1"
 _LINK_BROKEN = {  # INTERNAL and UNKNOWN: what proxies make of a stream that breaks, and gRPC of a mistake in our own code
@@ -22,6 +22,7 @@ _LINK_BROKEN = {  # INTERNAL and UNKNOWN: what proxies make of a stream that bre
 
 # What gRPC 1.62 to 1.85 say of a certificate that they do not accept; it has no status code of its own.
 _NOT_TRUSTED = ("SSL_ERROR_SSL", "Hostname Verification", "CERTIFICATE_VERIFY_FAILED", "Peer name")
+_CLOSED = "Socket closed"  # all that is heard of a certificate that the other side refuses
 _LOCAL_FAILURE = "Internal error from Core"  # gRPC's word for a call that ended under its feet, whatever the reason
 
 
@@ -37,7 +38,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ChoralError)
 
 def from_rpc(error: grpc.aio.AioRpcError, address: str) -> ChoralError:
     """The `ChoralError` behind a failed call to `address`."""
-    reason = _reason(error)
+    reason = reason_of(error)
     if reason is not None:
         return by_name(reason)(error.details() or reason)
     details = error.details() or error.code().name
@@ -48,12 +49,16 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str) -> ChoralError:
             f"the coordinator at {address} shows a certificate that the given CA did not sign for that name ({details}): "
             "use the ca.pem that `choral server init` wrote and an address that was given to it with --host"
         )
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own limits, of which our code does not hear
+        return LimitExceeded(f"the coordinator at {address} does not take that much: {details}")
     if error.code() in _LINK_BROKEN or details == _LOCAL_FAILURE:
-        return Unreachable(f"no coordinator answers at {address} ({details})")
+        hint = "; or it does not accept the certificate that is shown" if _CLOSED in details else ""
+        return Unreachable(f"no coordinator answers at {address} ({details}{hint})")
     return ChoralError(f"the coordinator at {address} failed: {error.code().name}: {details}")
 
 
-def _reason(error: grpc.aio.AioRpcError) -> str | None:
+def reason_of(error: Any) -> str | None:
+    """The name of the `ChoralError` behind a failed call; None: it does not say."""
     for key, value in error.trailing_metadata() or ():
         if key != "grpc-status-details-bin":
             continue

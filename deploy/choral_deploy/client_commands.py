@@ -93,7 +93,8 @@ def enrol(
     until = f"until {known.credentials.expires_at:%Y-%m-%d}"
     typer.echo(f"Enrolled as {known.role} {known.name}; the identity is in {known.folder}, its certificate valid {until}.")
     if known.role == "device":
-        typer.echo(f"Now: choral client --name {known.name} --state {folder} --task MODULE:ATTRIBUTE --data SHARD")
+        here = f"--name {known.name}" if state is None else f"--state {folder}"
+        typer.echo(f"Now: choral client {here} --task MODULE:ATTRIBUTE --data SHARD")
     else:
         typer.echo(f"Now: choral runs list --config {folder}")
 

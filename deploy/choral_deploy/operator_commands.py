@@ -176,9 +176,9 @@ def enrolled(config: WhereOption = _DEFAULT, json: JsonOption = False) -> None:
     columns = {
         "name": lambda member: member.name,
         "role": lambda member: member.role,
-        "state": lambda member: f"revoked {_moment(member, 'revoked_at')}" if member.HasField("revoked_at") else "in force",
-        "enrolled": lambda member: _moment(member, "enrolled_at"),
-        "certificate until": lambda member: _moment(member, "expires_at"),
+        "state": lambda member: f"revoked {_day(member, 'revoked_at')}" if member.HasField("revoked_at") else "in force",
+        "enrolled": lambda member: _day(member, "enrolled_at"),
+        "valid until": lambda member: _day(member, "expires_at"),
         "key": lambda member: member.key.hex()[:16],
         "reason": lambda member: member.reason,
     }
@@ -283,6 +283,10 @@ def _word(message: Any, field: str) -> str:
 
 def _moment(message: Any, field: str) -> str:
     return getattr(message, field).ToDatetime().strftime("%Y-%m-%d %H:%M:%S UTC") if message.HasField(field) else ""
+
+
+def _day(message: Any, field: str) -> str:
+    return _moment(message, field)[:10]
 
 
 def _metrics(metrics: Iterable[Any]) -> str:

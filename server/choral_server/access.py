@@ -57,6 +57,7 @@ NEEDS: Mapping[str, frozenset[Role]] = {
     "/choral.v1.Admin/Diagnose": THOSE_WHO_LOOK,
     "/choral.v1.Admin/Watch": THOSE_WHO_LOOK,
     "/grpc.health.v1.Health/Check": EVERY_MEMBER,
+    "/grpc.health.v1.Health/List": EVERY_MEMBER,
     "/grpc.health.v1.Health/Watch": EVERY_MEMBER,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": EVERY_MEMBER,
 }
@@ -158,8 +159,9 @@ class Gate(grpc.aio.ServerInterceptor):
             needed = NEEDS.get(method)
             if needed is None:
                 raise NotAllowed(f"{method} is not offered to anybody")
-            caller = self._identify(context)
-            if needed and caller.role not in needed:
+            if needed is not ANYONE:
+                caller = self._identify(context)
+            if needed is not ANYONE and caller.role not in needed:
                 raise _not_for(caller, method, needed)
             self._take(caller)
         except ChoralError as error:
@@ -242,13 +244,10 @@ async def _ended(call: Call, context: Context) -> NoReturn:
 
 
 def _not_for(caller: Caller, method: str, needed: frozenset[Role]) -> ChoralError:
-    wanted = " or ".join(sorted(role.value for role in needed))
-    name = method.rpartition("/")[2]
-    if not caller.certified and caller.role is None:
-        return Unauthenticated(f"{name} is for a {wanted} with a certificate: none is asked for at this address")
-    return NotAllowed(
-        f"{name} is for a {wanted}; {caller.name or 'who calls here'} is a {caller.role.value if caller.role else 'stranger'}"
-    )
+    what = f"{method.rpartition('/')[2]} needs the role {' or '.join(sorted(role.value for role in needed))}"
+    if caller.role is None:
+        return Unauthenticated(f"{what}, and a certificate that shows it: none is asked for at this address")
+    return NotAllowed(f"{what}; {caller.name or 'whoever calls here'} is {caller.role.value}")
 
 
 def _behaviour(handler: Any) -> Callable[..., Any]:

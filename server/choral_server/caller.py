@@ -33,7 +33,7 @@ class Caller:
     def must_be(self, name: str) -> None:
         """Raise NotAllowed if what is asked for is another member's."""
         if self.certified and name != self.name:
-            raise NotAllowed(f"this certificate is {self.name}'s, and what is asked for is {name[:80]!r}'s: each acts for itself")
+            raise NotAllowed(f"this is the certificate of {self.name}, which cannot act as {name[:80]!r}: each acts for itself")
 
 
 NOBODY = Caller()

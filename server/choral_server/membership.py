@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
-from choral.errors import ConfigError, NotAllowed, Revoked, TokenRefused, Unauthenticated, WrongState
+from choral.errors import ConfigError, InvalidMessage, NotAllowed, Revoked, TokenRefused, Unauthenticated, WrongState
 from choral.names import ALLOWED, is_name
 from choral.token import Token, digest_of
 from cryptography import x509
@@ -98,7 +98,7 @@ class Membership:
     async def enrol(
         self, secret: bytes, request: bytes, signing_key: bytes, signature: bytes
     ) -> tuple[x509.Certificate, MemberRecord]:
-        """Turn a token into a certificate. The same keys may ask again. Raises TokenRefused or Unauthenticated."""
+        """Turn a token into a certificate. The same keys may ask again. Raises TokenRefused or InvalidMessage."""
         if self._authority is None:
             raise WrongState("this coordinator enrols nobody")
         async with self._turn:
@@ -132,7 +132,7 @@ class Membership:
         return token
 
     async def renew(self, caller: Caller, request: bytes) -> x509.Certificate:
-        """The next certificate for the key that the caller shows. Raises NotAllowed, Unauthenticated or WrongState."""
+        """The next certificate for the key that the caller shows. Raises NotAllowed, InvalidMessage or WrongState."""
         if self._authority is None:
             raise WrongState("this coordinator signs no certificates: ask whoever does for the next")
         async with self._turn:
@@ -219,26 +219,26 @@ def _owner(certificate: bytes) -> Caller:
 
 
 def _requested(request: bytes) -> Any:
-    """The public key of a signing request that it has signed. Raises Unauthenticated."""
+    """The public key of a signing request that it has signed. Raises InvalidMessage."""
     if len(request) > _REQUEST_BYTES:
-        raise Unauthenticated(f"a signing request of {len(request)} bytes: at most {_REQUEST_BYTES} are read")
+        raise InvalidMessage(f"a signing request of {len(request)} bytes: at most {_REQUEST_BYTES} are read")
     try:
         read = x509.load_der_x509_csr(request)
         key, signed = read.public_key(), read.is_signature_valid
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise Unauthenticated(f"the signing request cannot be read ({error}): update Choral on both sides") from error
+        raise InvalidMessage(f"the signing request cannot be read ({error}): update Choral on both sides") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise Unauthenticated("the signing request is for a key of another kind: an ECDSA P-256 key is needed")
+        raise InvalidMessage("the signing request is for a key of another kind: an ECDSA P-256 key is needed")
     if not signed:
-        raise Unauthenticated("the signing request is not signed by the key that it is for")
+        raise InvalidMessage("the signing request is not signed by the key that it is for")
     return key
 
 
 def _proven(request: bytes, signing_key: bytes, signature: bytes) -> Any:
-    """The public key of a signing request whose sender also has the private part of `signing_key`. Raises Unauthenticated."""
+    """The public key of a signing request whose sender also has the private part of `signing_key`. Raises InvalidMessage."""
     key = _requested(request)
     try:
         ed25519.Ed25519PublicKey.from_public_bytes(signing_key).verify(signature, PROOF + request)
     except (ValueError, InvalidSignature) as error:
-        raise Unauthenticated("the signing key does not belong to who asks: its signature of the request is wrong") from error
+        raise InvalidMessage("the signing key does not belong to who asks: its signature of the request is wrong") from error
     return key

@@ -163,22 +163,28 @@ def test_up_trains_to_the_end_and_each_client_sees_only_its_own_shard(project: P
     for service in ("coordinator", *CLIENTS):
         project.wait_until_healthy(service)
         assert project.execute(service, "id", "-u").strip() == USER
-        assert project.inspect(service)["NetworkSettings"]["Ports"] in ({}, {"8470/tcp": None})  # nothing is published
+        assert project.inspect(service)["NetworkSettings"]["Ports"] in (
+            {},
+            {"8470/tcp": None, "8471/tcp": None},
+        )  # nothing is published
     rows = {}
     for client in CLIENTS:
         find = (
             r"find / \( -path /proc -o -path /sys \) -prune -o \( -name '*.csv' -o -name '*.key' -o -name choral_server \) -print"
         )
-        assert project.execute(client, "sh", "-c", f"{find} 2>&1 | grep -v 'Permission denied'").split() == ["/data/shard.csv"]
-        assert project.execute(client, "ls", "/etc/choral").split() == ["ca.pem"]
+        found = project.execute(client, "sh", "-c", f"{find} 2>&1 | grep -v 'Permission denied'").split()
+        own = {"/data/shard.csv", "/var/lib/choral/identity/tls.key", "/var/lib/choral/identity/signing.key"}
+        assert set(found) == own
+        assert project.execute(client, "ls", "/etc/choral").split() == ["token"]
         writable = {mount["Destination"]: mount["RW"] for mount in project.inspect(client)["Mounts"] if mount["Type"] == "volume"}
         assert writable == {"/data": False, "/etc/choral": False, "/var/lib/choral": True}
         rows[client] = set(project.execute(client, "cat", "/data/shard.csv").splitlines()[1:])
     assert [len(rows[client]) for client in CLIENTS] == [202, 202]
     assert not rows["alice"] & rows["bob"]
 
-    assert {service: project.ended(service) for service in ("setup", "coordinator", *CLIENTS)} == {
+    assert {service: project.ended(service) for service in ("setup", "invite", "coordinator", *CLIENTS)} == {
         "setup": 0,
+        "invite": 0,
         "coordinator": 0,
         "alice": 0,
         "bob": 0,

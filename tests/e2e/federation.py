@@ -322,6 +322,11 @@ class Federation:
             self._identities[name] = run_apart(enrol(made, HostPort.parse(self.address), self.folder / "members" / name))
         return self._identities[name]
 
+    @property
+    def enrolment_port(self) -> int:
+        """Where tokens are turned into certificates."""
+        return Token.parse(self.token("nobody")).port
+
     def command(self, *arguments: object) -> Process:
         """Run a `choral` command to its end."""
         process = self.start(" ".join(map(str, arguments)), *arguments)
