@@ -52,7 +52,7 @@ class Federation:
         self.clients: list[Child] = []
         self.address = ""
         self.operator = Operator(str(folder / "state" / "admin.sock"))
-        self._folder = folder
+        self.folder = folder
         self._task = task
         self._children = children
         self._processes = processes
@@ -65,8 +65,9 @@ class Federation:
             if not ready.done() and '"coordinator ready"' in line:
                 ready.set_result(json.loads(line)["address"])
 
-        arguments = ["server", "--config", self._folder / "choral.yaml", "--log-format", "json"]
+        arguments = ["server", "--config", self.folder / "choral.yaml", "--log-format", "json"]
         coordinator = await self._start("coordinator", arguments, listen)
+        self._server = coordinator
         self._coordinator = self._processes.create_task(_succeed(coordinator))
         self.address = await ready
 
@@ -78,14 +79,14 @@ class Federation:
                 "--name": name,
                 "--server": address or self.address,
                 "--task": self._task,
-                "--data": self._folder / "shard.csv",
-                "--token": self._folder / f"{name}.token",
-                "--state": self._folder / name,
+                "--data": self.folder / "shard.csv",
+                "--token": self.folder / f"{name}.token",
+                "--state": self.folder / name,
                 "--holdout": 0,
                 "--threads": 1,
                 "--log-level": "warning",
             }
-            hand_over(self._folder / f"{name}.token", await self.operator.token(name))
+            hand_over(self.folder / f"{name}.token", await self.operator.token(name))
             client = await self._start(name, ["client", *(part for option in options.items() for part in option)])
             self._processes.create_task(_succeed(client))
             self.clients.append(client)
@@ -112,10 +113,15 @@ class Federation:
                 if changed.state == pb.ROUND_STATE_DONE:
                     yield changed
 
+    def memory_mb(self) -> float:
+        """The coordinator's resident memory."""
+        status = Path(f"/proc/{self._server.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
     async def bare_call_s(self, calls: int = 300) -> float:
         """Median seconds of a unary call over TLS to the coordinator: while it waits, this is what this machine can do."""
         token = Token.parse(await self.operator.token("bare-caller"))
-        known = await enrol(token, HostPort.parse(self.address), self._folder / "bare-caller")
+        known = await enrol(token, HostPort.parse(self.address), self.folder / "bare-caller")
         credentials = tls(known.credentials)
         async with grpc.aio.secure_channel(self.address, credentials) as channel:
             check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
@@ -127,7 +133,7 @@ class Federation:
         return float(np.median(taken))
 
     async def _start(self, name: str, arguments: list[object], listen: Callable[[str], None] | None = None) -> Child:
-        return await self._children.start(name, [_CLI, *map(str, arguments)], self._folder / f"{name}.log", listen)
+        return await self._children.start(name, [_CLI, *map(str, arguments)], self.folder / f"{name}.log", listen)
 
 
 @asynccontextmanager

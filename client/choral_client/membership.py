@@ -22,6 +22,7 @@ from choral_client.transport import GrpcTransport
 
 log = structlog.get_logger()
 _LEFT = 1 / 3  # of a certificate's life, at which it is renewed
+_SELDOM_S = 1.0
 _OFTEN_S = 3600.0  # an attempt that failed is repeated after this at the latest
 
 
@@ -67,7 +68,7 @@ async def keep(known: Identity, transport: GrpcTransport, rng: random.Random) ->
         if failures:
             await asyncio.sleep(1 + full_jitter(failures, rng, min(_OFTEN_S, early_s / 4)))
         else:
-            await asyncio.sleep(max(0.0, left_s - early_s * rng.uniform(0.8, 1)))
+            await asyncio.sleep(max(_SELDOM_S, left_s - early_s * rng.uniform(0.8, 1)))
         try:
             known = await renew(known)
         except ChoralError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -14,6 +14,7 @@ from choral.address import HostPort
 from choral.errors import TrustError
 
 FOLDER = "identity"
+BACKDATED = timedelta(minutes=5)  # certificates begin so much before they are made: clocks differ
 KEY, CERTIFICATE, SIGNING_KEY, AUTHORITY, ABOUT = "tls.key", "tls.pem", "signing.key", "ca.pem", "about.json"
 
 
@@ -34,7 +35,7 @@ class Credentials:
     def lifetime_s(self) -> float:
         """For how many seconds the certificate was made."""
         certificate = x509.load_pem_x509_certificate(self.certificate)
-        return (certificate.not_valid_after_utc - certificate.not_valid_before_utc).total_seconds()
+        return (certificate.not_valid_after_utc - certificate.not_valid_before_utc - BACKDATED).total_seconds()
 
 
 @dataclass(frozen=True, slots=True)

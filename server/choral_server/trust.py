@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from choral.durable import write_durably
 from choral.errors import TrustError
+from choral.identity import BACKDATED
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -22,7 +23,6 @@ SERVER_CERTIFICATE, SERVER_KEY = "server.pem", "server.key"
 _CA_DAYS, _SERVER_DAYS = 3650, 825
 
 _RENEW_DAYS = 30.0
-_EARLIER = timedelta(minutes=5)  # clocks differ
 
 Key = ec.EllipticCurvePrivateKey
 
@@ -168,7 +168,7 @@ def _builder(subject: x509.Name, issuer: x509.Name, public_key: Any, begins: dat
         .issuer_name(issuer)
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(begins - _EARLIER)
+        .not_valid_before(begins - BACKDATED)
         .not_valid_after(ends)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
     )
