@@ -132,7 +132,9 @@ async def flood(count: int, address: str, enrolment_port: int) -> str:
 
     await asyncio.gather(*(one(number) for number in range(count)))
     closed = await closed_by_the_other_side(kept)
-    return f"{count} connections: {ended['connected']} came about, {ended['refused']} did not; {closed} were closed by the coordinator"
+    return (
+        f"{count} connections: {ended['connected']} came about, {ended['refused']} did not; {closed} were closed by the coordinator"
+    )
 
 
 async def connection(host: str, port: int, manner: int) -> socket.socket:
@@ -252,7 +254,9 @@ def main() -> None:
         print(f"{found[f'{kind}_done']}")
         rounds, ratio = len(found[kind]), figures[kind] / usual
         print(f"  median of the {rounds} rounds meanwhile: {figures[kind]:.1f} ms, {ratio:.2f} × the usual")
-    print(f"coordinator's memory: {found['memory_before_mb']:.0f} MB before, at most {most_of(found):.0f} MB, {found['memory_after_mb']:.0f} MB after")
+    print(
+        f"coordinator's memory: {found['memory_before_mb']:.0f} MB before, at most {most_of(found):.0f} MB, {found['memory_after_mb']:.0f} MB after"
+    )
 
 
 def most_of(found: dict[str, Any]) -> float:

@@ -8,7 +8,8 @@ from choral.config import parse
 from choral.errors import ConfigError
 from choral_client.config import ClientConfig
 
-GOOD = {"server": "localhost:8470", "name": "alice", "task": "tasks:task", "data": "shard.csv", "ca": "ca.pem"}
+GOOD = {"server": "localhost:8470", "name": "alice", "task": "tasks:task", "data": "shard.csv"}
+OWN = {"ca": "ca.pem", "certificate": "alice.pem", "key": "alice.key"}
 
 
 def config(**changes: Any) -> ClientConfig:
@@ -18,7 +19,7 @@ def config(**changes: Any) -> ClientConfig:
 
 def test_what_is_not_given() -> None:
     given = config()
-    assert (str(given.server), given.data, given.ca) == ("localhost:8470", Path("shard.csv"), Path("ca.pem"))
+    assert (str(given.server), given.data, given.ca, given.token) == ("localhost:8470", Path("shard.csv"), None, None)
     assert (given.holdout, given.follow, given.threads, given.first_contact_s) == (0.1, True, None, 60.0)
     assert given.folder == Path("choral-alice")
     assert config(state="here").folder == Path("here")
@@ -37,18 +38,35 @@ def test_names_that_are_not(name: str) -> None:
 
 @pytest.mark.parametrize("server", ["localhost:8470", "127.0.0.1:1", "[::1]:1"])
 def test_plaintext_is_for_this_machine(server: str) -> None:
-    assert config(server=server, ca=None, plaintext=True).plaintext
+    assert config(server=server, plaintext=True).plaintext
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        OWN,
+        {"token": "token", "name": None, "state": "here"},
+        {"server": None},
+        {"server": None, "name": None, "state": "here"},
+        {"certificate": "alice.pem", "key": "alice.key", "ca": "ca.pem", "state": "here"},
+    ],
+)
+def test_how_a_client_may_be_known(changes: dict[str, Any]) -> None:
+    config(**changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ca": None}, "ca is missing: give the coordinator's ca.pem"),
-        ({"plaintext": True}, "plaintext contradicts ca: remove one of them"),
-        (
-            {"ca": None, "plaintext": True, "server": "10.0.0.5:1"},
-            "plaintext is allowed on loopback only, not to 10.0.0.5: give ca",
-        ),
+        ({"name": None}, "name is missing: give the name under which this client enrolled, or state"),
+        ({"ca": "ca.pem"}, "ca alone will not do: give ca, certificate and key, or none of them and enrol"),
+        ({"key": "alice.key", "certificate": "alice.pem"}, "certificate and key alone will not do"),
+        (OWN | {"plaintext": True}, "plaintext contradicts ca: remove one of them"),
+        ({"token": "token", "plaintext": True}, "plaintext contradicts token: remove one of them"),
+        (OWN | {"token": "token"}, "token contradicts ca, certificate and key"),
+        (OWN | {"server": None}, "name and server are needed by a client that does not enrol"),
+        ({"token": "token", "server": None}, "server is missing: a token does not say where the coordinator is"),
+        ({"plaintext": True, "server": "10.0.0.5:1"}, "plaintext is allowed on loopback only, not to 10.0.0.5: enrol"),
         ({"holdout": 1.0}, "client.yaml: holdout: 1.0 is not allowed: less than 1"),
         ({"holdout": "0.1"}, "client.yaml: holdout: '0.1' is not allowed: a valid number"),
         ({"threads": 0}, "client.yaml: threads: 0 is not allowed: greater than or equal to 1"),

@@ -1,4 +1,4 @@
-"""The task in the README works as it stands there: two commands of its own for the coordinator, one for each client."""
+"""The task in the README works as it stands there: two commands of its own for the coordinator, a token and two more for each client."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ def test_the_task_is_under_thirty_lines_and_federates(tmp_path: Path) -> None:
         port = re.search(r'"address": "127\.0\.0\.1:(\d+)"', ready)
         assert port is not None
         for name in ("alice", "bob"):
-            flags = ["--server", f"localhost:{port[1]}", "--ca", "site/ca.pem", "--task", "my_task:task", "--data", f"{name}.csv"]
+            ask = [*CHORAL, "server", "token", name, "--config", "site/choral.yaml"]
+            token = subprocess.run(ask, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+            enrol = [*CHORAL, "client", "enrol", token, "--server", f"localhost:{port[1]}"]
+            subprocess.run(enrol, cwd=tmp_path, check=True, capture_output=True)
+            flags = ["--task", "my_task:task", "--data", f"{name}.csv"]
             clients.append(subprocess.Popen([*CHORAL, "client", "--name", name, *flags], cwd=tmp_path, stderr=subprocess.DEVNULL))
         server.stderr.read()  # to its end
         assert [server.wait(60), *(client.wait(60) for client in clients)] == [0, 0, 0]

@@ -240,7 +240,9 @@ def test_certificates_of_an_authority_of_yours(quick: Federation, tmp_path: Path
     )
     with grpc.secure_channel(quick.address, carol) as channel:
         method = "/choral.v1.Admin/RevokeMember"
-        call = channel.unary_unary(method, admin_pb2.RevokeMemberRequest.SerializeToString, admin_pb2.RevokeMemberResponse.FromString)
+        call = channel.unary_unary(
+            method, admin_pb2.RevokeMemberRequest.SerializeToString, admin_pb2.RevokeMemberResponse.FromString
+        )
         assert call(admin_pb2.RevokeMemberRequest(name="bob", reason="left")).member.name == "bob"
     assert bob.code() == 8
     assert "bob does not belong any more: left" in bob.stderr

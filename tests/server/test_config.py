@@ -22,7 +22,8 @@ LEAST: dict[str, Any] = {
     "task": "choral.tasks.boston_housing:task",
     "run": {"rounds": 100, "cohort_size": 2},
 }
-TLS = {"certificate": "server.pem", "key": "server.key"}
+TLS = {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem", "ca_key": "ca.key"}
+BYO = {"certificate": "server.pem", "key": "server.key", "ca": "company.pem"}
 GONE = object()
 
 
@@ -80,6 +81,7 @@ def test_paths_count_from_the_folder_of_the_file(tmp_path: Path, monkeypatch: py
     home = tmp_path / "conf"
     assert config.tls is not None
     assert (config.tls.certificate, config.tls.key) == (home / "server.pem", Path("/etc/choral/server.key"))
+    assert (config.tls.ca, config.tls.ca_key) == (home / "ca.pem", home / "ca.key")
     assert (config.state, config.evaluation.test_set) == (home / "state", home / "data/test.csv")
     assert config.admin_socket == home / "state/admin.sock"
 
@@ -119,7 +121,26 @@ def test_the_default_database_is_named_by_an_absolute_path(tmp_path: Path, monke
     ("changes", "told"),
     [
         # what protects the link
-        ({"plaintext": GONE}, "tls is missing: give tls.certificate and tls.key (`choral server init` makes them)"),
+        (
+            {"plaintext": GONE},
+            "tls is missing: give tls.certificate, tls.key, tls.ca and tls.ca_key (`choral server init` makes them)",
+        ),
+        ({"enrolment": {}}, "enrolment needs the key of an authority: give tls.ca_key, or remove enrolment"),
+        (
+            {"plaintext": GONE, "tls": {**TLS, "operators": ["carol"]}},
+            "tls.operators and tls.viewers are for an authority of yours",
+        ),
+        (
+            {"plaintext": GONE, "tls": {**BYO, "operators": ["carol"], "viewers": ["carol"]}},
+            "carol: in tls.operators and in tls.viewers",
+        ),
+        (
+            {"plaintext": GONE, "tls": {**BYO, "operators": ["../carol"]}},
+            "tls.operators.0: '../carol' is not allowed: 1 to 64 letters",
+        ),
+        ({"plaintext": GONE, "tls": TLS, "listen": "0.0.0.0:65535"}, "enrolment.listen is missing: there is no port after 65535"),
+        ({"limits.calls": 1}, "limits.calls: 1 is not allowed: greater than or equal to 2"),
+        ({"limits.chunk_bytes": 2**20 + 1}, "limits.chunk_bytes: 1048577 is not allowed"),
         ({"plaintext": False}, "tls is missing"),
         ({"tls": TLS}, "plaintext: true contradicts tls: remove one of them"),
         ({"listen": "0.0.0.0:8470"}, "plaintext: true is allowed on loopback only, not on 0.0.0.0: give tls"),
@@ -218,6 +239,9 @@ def test_what_cannot_work_is_refused_with_the_cure(changes: dict[str, Any], told
     "changes",
     [
         {"plaintext": GONE, "tls": TLS, "listen": "0.0.0.0:8470"},
+        {"plaintext": GONE, "tls": TLS, "listen": "0.0.0.0:65535", "enrolment": {"listen": "0.0.0.0:1"}},
+        {"plaintext": GONE, "tls": TLS, "enrolment": {"port": 443, "certificate_s": 3600}},
+        {"plaintext": GONE, "tls": {**BYO, "operators": ["carol"], "viewers": ["dave"]}},
         {"plaintext": False, "tls": TLS},
         {"listen": "[::1]:0"},
         {"listen": "localhost:0"},
