@@ -435,7 +435,7 @@ async def test_work_that_is_withdrawn_while_it_is_reported_does_not_end_the_stre
         nonlocal attendances
         attendances += 1
         assert (await anext(requests)).WhichOneof("message") == "hello"
-        yield wire.from_coordinator_to_pb(Welcome("run", 0.001, version))  # heartbeats in between
+        yield wire.from_coordinator_to_pb(Welcome("run", 0.1, version))  # heartbeats in between
         for round in range(200):
             yield wire.from_coordinator_to_pb(Assignment(f"run/{round}/alice", round, version, plan))
             yield wire.from_coordinator_to_pb(Cancel(f"run/{round}/alice", "closed"))
