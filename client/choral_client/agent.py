@@ -91,7 +91,7 @@ class Agent:
         self._thread = WorkThread()
         self._patience = Patience(self._rng, longest_pause_s)
         self._longest_pause_s = longest_pause_s
-        self._models = ModelFile(transport, state, self._patience)
+        self._models = ModelFile(transport, state, self._patience, work.expected)
         self._outbox = Outbox(state / "outbox")
         self._deliveries = Deliveries(transport, self._outbox, self._patience, self._report)
         self._stream: Attendance | None = None

@@ -18,6 +18,7 @@ import pytest
 import torch
 from choral import Task, wire
 from choral.errors import CorruptTransfer, InvalidMessage, NameTaken, Unreachable, UpdateRefused
+from choral.manifest import Entry, EntryKind, Manifest
 from choral.messages import (
     Assignment,
     Cancel,
@@ -38,6 +39,7 @@ from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
 from choral_client.agent import Agent
 from choral_client.backoff import Patience
+from choral_client.checkpoint import Expected
 from choral_client.data import Shard
 from choral_client.delivery import Deliveries
 from choral_client.model_file import ModelFile
@@ -290,7 +292,9 @@ async def test_a_link_that_breaks_costs_an_upload_less_than_a_chunk_each_time(pr
 
 
 async def test_a_link_that_breaks_costs_a_download_little(proxy: Proxy, tmp_path: Path) -> None:
-    cuts, content = 10, random.Random(0).randbytes(30 << 20)
+    cuts, numbers = 10, torch.rand(30 << 18)
+    content = save({"numbers": numbers})
+    expected = Expected(Manifest((Entry("numbers", "F32", (len(numbers),), 0, EntryKind.AVERAGED),)))
     version = VersionRef(3, hashlib.sha256(content).digest(), len(content))
     proxy.cut_at(down=[(cut + 1) * len(content) // (cuts + 1) for cut in range(cuts)])
     offsets: list[int] = []
@@ -301,7 +305,7 @@ async def test_a_link_that_breaks_costs_a_download_little(proxy: Proxy, tmp_path
             yield pb.DownloadResponse(chunk=chunk)
 
     async with reaching_over(proxy, Download=download) as transport:
-        assert await ModelFile(transport, tmp_path, Patience(AtOnce())).obtain(version) == content
+        assert await ModelFile(transport, tmp_path, Patience(AtOnce()), expected).obtain(version) == content
     assert len(offsets) == cuts + 1
     assert offsets == sorted(offsets)
     assert proxy.down - len(content) < 2 * cuts * wire.CHUNK_BYTES

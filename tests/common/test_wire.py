@@ -242,7 +242,7 @@ def test_absences_that_can_be_asked_for(after_s: float) -> None:
 
 @pytest.mark.parametrize("after_s", [-0.1, 86_401.0, 1e300, math.inf, math.nan])
 def test_absences_that_cannot(after_s: float) -> None:
-    with pytest.raises(InvalidMessage, match="the time until the client is to come back is .* s; allowed are 0 to 86400"):
+    with pytest.raises(InvalidMessage, match=r"the time until the client is to come back is .* s; allowed are 0 to 86400"):
         _heard(pb.AttendResponse(come_back=pb.ComeBack(after_s=after_s)))
 
 
