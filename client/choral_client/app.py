@@ -18,6 +18,9 @@ from cryptography import x509
 from choral_client.agent import Agent
 from choral_client.config import ClientConfig
 from choral_client.data import load_shard
+from choral_client.guard import address_towards
+from choral_client.guard_file import GuardFile
+from choral_client.oversight import Oversight
 from choral_client.transport import GrpcTransport
 from choral_client.work import Work, set_threads
 
@@ -40,6 +43,7 @@ async def attend(config: ClientConfig) -> None:
         ) from error
     if ca is not None:
         _check_certificate(ca, config.ca)
+    oversight = Oversight(GuardFile(config.folder, config.guard), config.folder, lambda: address_towards(config.server))
     set_threads(config.threads)
     task = load_task(config.task)
     shard = load_shard(task, config.data, config.holdout)
@@ -63,6 +67,7 @@ async def attend(config: ClientConfig) -> None:
         follow=config.follow,
         first_contact_s=config.first_contact_s,
         longest_pause_s=config.longest_pause_s,
+        oversight=oversight,
     )
     life = asyncio.create_task(agent.live())
     loop = asyncio.get_running_loop()

@@ -26,6 +26,9 @@ class ClientConfig(Settings):
     state: FilePath | None = None
     """folder for the newest model, results on their way and what this client is doing; choral-NAME in the working directory, if not
     given"""
+    guard: FilePath | None = None
+    """file that says what this device refuses to do; guard.yaml in the state folder, if it is there and nothing is given; read anew
+    whenever it changes, and if it is broken, or was there and is gone, everything is declined"""
     ca: FilePath | None = None
     """PEM file of the authority that signed the coordinator's certificate (its ca.pem)"""
     plaintext: bool = False

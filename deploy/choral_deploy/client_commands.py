@@ -24,6 +24,7 @@ def client(
     data: Annotated[Path | None, typer.Option(help="This client's shard (CSV or Parquet).")] = None,
     ca: Annotated[Path | None, typer.Option(help="The coordinator's ca.pem.")] = None,
     state: Annotated[Path | None, typer.Option(help="Folder for the newest model; choral-NAME if not given.")] = None,
+    guard: Annotated[Path | None, typer.Option(help="What this device refuses to do; STATE/guard.yaml, if it is there.")] = None,
     holdout: Annotated[float | None, typer.Option(help="Share of the shard that measures and never trains [0.1].")] = None,
     follow: Annotated[bool | None, typer.Option(help="Fetch every version when it is published [follow].")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads for training.")] = None,
@@ -43,6 +44,7 @@ def client(
         "data": data,
         "ca": ca,
         "state": state,
+        "guard": guard,
         "holdout": holdout,
         "follow": follow,
         "threads": threads,
@@ -82,7 +84,7 @@ def _config(path: Path | None, flags: dict[str, Any]) -> Any:
 
     content = read_mapping(path) if path is not None else {}
     home = path.resolve().parent if path is not None else Path()
-    for key in ("data", "ca", "state"):
+    for key in ("data", "ca", "state", "guard"):
         if isinstance(content.get(key), str):
             content[key] = home / content[key]
     content |= flags

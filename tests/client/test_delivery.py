@@ -86,7 +86,7 @@ class Sender:
         self.said: list[Status] = []
         self.outbox = Outbox(folder / "outbox")
         self.patience = Patience(rng or AtOnce())
-        self.deliveries = Deliveries(calls, self.outbox, self.patience, self._report)  # type: ignore[arg-type]
+        self.deliveries = Deliveries(calls, self.outbox, self.patience, self._report, lambda: None)  # type: ignore[arg-type]
 
     async def _report(self, status: Status) -> None:
         self.said.append(status)
