@@ -388,7 +388,6 @@ def test_a_guard_that_fails_allows_nothing(tmp_path: Path) -> None:
             return NOON
         raise RuntimeError("no clock")
 
-    stop = threading.Event()
     with pytest.raises(Declined, match=r"this device's guard failed \(RuntimeError: no clock\), so nothing is done"):
         do(oversight(tmp_path, now=broken), until_stopped)
 
