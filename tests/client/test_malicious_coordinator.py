@@ -370,7 +370,12 @@ SPY = """
     from pathlib import Path
 
     opened = []
-    sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+
+    def spy(event, arguments):
+        if event == "open" and not isinstance(arguments[0], int):  # a number is a file that is open already
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(spy)
 
     from choral.config import parse
     from choral_client.app import attend
