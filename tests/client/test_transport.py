@@ -480,3 +480,19 @@ async def test_what_is_not_said_any_more_leaves_no_error_behind() -> None:
         assert all(isinstance(ended, asyncio.CancelledError) for ended in await asyncio.gather(*saying, return_exceptions=True))
     gc.collect()  # asyncio complains of an error that nobody saw when its task is collected
     assert [complaint.get("exception") for complaint in complaints] == []
+
+
+async def test_a_coordinator_that_does_not_read_does_not_fill_the_memory() -> None:
+    async def attend(requests: AsyncIterator[pb.AttendRequest], context: Any) -> AsyncIterator[pb.AttendResponse]:
+        yield wire.from_coordinator_to_pb(Welcome("run", 15.0, VERSION))
+        await asyncio.Event().wait()
+
+    async with reaching(Attend=attend) as transport, transport.attend(HELLO) as stream:
+        await anext(stream.heard())
+        saying = [asyncio.create_task(stream.say(Heartbeat())) for _ in range(1000)]
+        await asyncio.sleep(0)  # they have begun, and no word has left yet
+        with pytest.raises(Unreachable, match="does not read what is said to it"):
+            await stream.say(Heartbeat())
+        for task in saying:
+            task.cancel()
+        await asyncio.gather(*saying, return_exceptions=True)
