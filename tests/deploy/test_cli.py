@@ -160,7 +160,8 @@ def test_paths_in_a_clients_file_count_from_the_file_and_flags_win(tmp_path: Pat
 
 def test_a_client_does_not_start_with_a_guard_that_it_cannot_keep(tmp_path: Path) -> None:
     (tmp_path / "client.yaml").write_text(
-        "server: 127.0.0.1:1\nname: alice\ntask: choral.tasks.boston_housing:task\ndata: shard.csv\nplaintext: true\nguard: ours.yaml\n"
+        "server: 127.0.0.1:1\nname: alice\ntask: choral.tasks.boston_housing:task\ndata: shard.csv\nplaintext: true\n"
+        "guard: ours.yaml\n"
     )
     missing = run("client", "-c", tmp_path / "client.yaml", folder=tmp_path)
     assert missing.returncode == 2
