@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from choral_client.config import ClientConfig
+from choral_client.guard import Guard
 from choral_server.config import ServerConfig
 from pydantic import BaseModel
 
@@ -26,7 +27,8 @@ def page() -> str:
     client = (
         "\n## Client\n\n`choral client --config client.yaml`, or each key as a flag (`first_contact_s` is `--first-contact-s`)\n\n"
     )
-    return INTRODUCTION + server + client + _table(ClientConfig)
+    guard = "\n## Guard\n\nA file of the device's owner, `guard` in the client's configuration: [guard.md](guard.md)\n\n"
+    return INTRODUCTION + server + client + _table(ClientConfig) + guard + _table(Guard)
 
 
 def _table(kind: type[BaseModel]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from choral.errors import ChoralError, NameTaken, Unreachable
+from choral.errors import ChoralError, Declined, InvalidMessage, NameTaken, Unreachable
 from choral.messages import (
     Assignment,
     Cancel,
@@ -32,12 +32,15 @@ from choral.messages import (
     VersionRef,
     Welcome,
 )
+from choral.wire import brief
 
 from choral_client.backoff import CAP_S, Patience, full_jitter
 from choral_client.delivery import Deliveries
 from choral_client.diary import Diary
+from choral_client.guard_file import GuardFile
 from choral_client.model_file import ModelFile
 from choral_client.outbox import Outbox, Parcel
+from choral_client.oversight import Oversight
 from choral_client.thread import WorkThread
 from choral_client.train import Stopped
 from choral_client.transport import Attendance, Transport
@@ -67,7 +70,10 @@ class Job:
 
 
 class Agent:
-    """One client. `hello` says who it is; `state` is its folder; `follow`: fetch each version when it is published."""
+    """One client. `hello` says who it is; `state` is its folder; `follow`: fetch each version when it is published.
+
+    `oversight` asks the device's guard, by default the one in `state`, before anything is fetched, done or sent.
+    """
 
     def __init__(
         self,
@@ -80,10 +86,12 @@ class Agent:
         first_contact_s: float = 60.0,
         longest_pause_s: float = CAP_S,
         rng: random.Random | None = None,
+        oversight: Oversight | None = None,
     ) -> None:
         self._transport = transport
         self._hello = hello
         self._work = work
+        self._oversight = oversight or Oversight(GuardFile(state), state)
         self._diary = Diary(state)
         self._follow = follow
         self._first_contact_s = first_contact_s
@@ -91,9 +99,9 @@ class Agent:
         self._thread = WorkThread()
         self._patience = Patience(self._rng, longest_pause_s)
         self._longest_pause_s = longest_pause_s
-        self._models = ModelFile(transport, state, self._patience)
+        self._models = ModelFile(transport, state, self._patience, work.expected)
         self._outbox = Outbox(state / "outbox")
-        self._deliveries = Deliveries(transport, self._outbox, self._patience, self._report)
+        self._deliveries = Deliveries(transport, self._outbox, self._patience, self._report, self._oversight.permit_sending)
         self._stream: Attendance | None = None
         self._status: Status | None = None
         self._welcomed = False
@@ -124,8 +132,8 @@ class Agent:
                     raise
                 self._failures += 1
                 pause_s = min(full_jitter(self._failures, self._rng, self._longest_pause_s), left_s)
-                log.warning("no link to the coordinator", reason=str(error), again_in_s=round(pause_s, 2))
-                self._diary.write("reconnecting", reason=str(error))
+                log.warning("no link to the coordinator", reason=brief(str(error)), again_in_s=round(pause_s, 2))
+                self._diary.write("reconnecting", reason=brief(str(error)))
             else:
                 if farewell.after_s is None:
                     log.info("the run is over", reason=farewell.reason)
@@ -144,6 +152,8 @@ class Agent:
             try:
                 async for message in stream.heard():
                     if isinstance(message, Welcome):
+                        if beat is not None:
+                            raise InvalidMessage("the coordinator welcomes this client twice on one stream")
                         self._welcome(message)
                         beat = asyncio.create_task(self._beat(stream, message.heartbeat_s))
                     elif isinstance(message, ComeBack):
@@ -203,6 +213,7 @@ class Agent:
     async def _answer(self, assignment: Assignment, stop: threading.Event) -> None:
         """Do an assignment, or find its result done already, and send the result; or say why not."""
         try:
+            await self._admit(assignment)
             if not await self._deliveries.send_saved(assignment.id):
                 log.info("working", round=assignment.round, kind=assignment.plan.kind.value, version=assignment.version.number)
                 await self._deliveries.send(*await self._produce(assignment, stop))
@@ -215,16 +226,28 @@ class Agent:
             log.exception("work failed", round=assignment.round)
             await self._decline(assignment, f"{type(error).__name__}: {error}")
 
+    async def _admit(self, assignment: Assignment) -> None:
+        """Ask the guard before anything is done. Raises Declined; what an earlier start has saved is then not sent either."""
+        try:
+            self._work.check(assignment.plan)
+            await asyncio.to_thread(self._oversight.admit, assignment.plan)
+        except Declined:
+            self._deliveries.withdraw(assignment.id)
+            raise
+
     async def _produce(self, assignment: Assignment, stop: threading.Event) -> tuple[Parcel, memoryview]:
         """An assignment's result, saved: from here on it outlives this process."""
         if not self._models.holds(assignment.version):
             await self._report(Status(assignment.id, Phase.DOWNLOADING))
-        checkpoint = await self._checkpoint(assignment.version)
+        checkpoint = await self._checkpoint(assignment)
         await self._report(Status(assignment.id, Phase.WORKING))
         return await self._thread.do(partial(self._work_and_save, assignment, checkpoint, stop))
 
     def _work_and_save(self, assignment: Assignment, checkpoint: bytes, stop: threading.Event) -> tuple[Parcel, memoryview]:
-        result = self._work.do(assignment.plan, checkpoint, stop)
+        if stop.is_set():  # other work was under way until now
+            raise Stopped
+        with self._oversight.watching(assignment.plan, stop):
+            result = self._work.do(assignment.plan, checkpoint, stop)
         header = UploadHeader(
             assignment=assignment.id,
             client=self._hello.client,
@@ -241,14 +264,16 @@ class Agent:
         self._outbox.save(parcel, result.payload)
         return parcel, result.payload
 
-    async def _checkpoint(self, version: VersionRef) -> bytes:
-        """What the work starts from, however long the link is broken."""
+    async def _checkpoint(self, assignment: Assignment) -> bytes:
+        """What the work starts from, however long the link is broken, as long as the guard allows it."""
+        version = assignment.version
         for attempt in count(1):
             try:
                 return await self._models.obtain(version)
             except Unreachable as error:
                 log.warning("waiting for the link", version=version.number, reason=str(error))
             await self._patience.pause(attempt)
+            await asyncio.to_thread(self._oversight.admit, assignment.plan)
         raise AssertionError("count never ends")
 
     async def _report(self, status: Status) -> None:
@@ -264,6 +289,7 @@ class Agent:
 
     async def _fetch_for_keeping(self, version: VersionRef) -> None:
         try:
+            await asyncio.to_thread(self._oversight.permit_fetching)
             await self._models.obtain(version)
         except ChoralError as error:
             log.warning("new version not fetched", version=version.number, reason=str(error))

@@ -17,7 +17,10 @@ from choral.wire import PROTOCOL_VERSION
 from choral_client.agent import Agent
 from choral_client.config import ClientConfig
 from choral_client.data import load_shard
+from choral_client.guard import address_towards
+from choral_client.guard_file import GuardFile
 from choral_client.membership import belonging, keep
+from choral_client.oversight import Oversight
 from choral_client.transport import GrpcTransport
 from choral_client.work import Work, set_threads
 
@@ -36,6 +39,7 @@ async def attend(config: ClientConfig) -> None:
             f"state: {config.folder} cannot be used ({error.strerror}): give a folder that this user may write"
         ) from error
     known = await belonging(config)
+    oversight = Oversight(GuardFile(config.folder, config.guard), config.folder, lambda: address_towards(known.server))
     set_threads(config.threads)
     task = load_task(config.task)
     shard = load_shard(task, config.data, config.holdout)
@@ -59,6 +63,7 @@ async def attend(config: ClientConfig) -> None:
         follow=config.follow,
         first_contact_s=config.first_contact_s,
         longest_pause_s=config.longest_pause_s,
+        oversight=oversight,
     )
     life = asyncio.create_task(agent.live())
     keeping = asyncio.create_task(keep(known.identity, transport, random.Random())) if known.identity is not None else None  # noqa: S311

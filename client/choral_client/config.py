@@ -30,6 +30,9 @@ class ClientConfig(Settings):
     given"""
     token: FilePath | None = None
     """file with a token, with which this client enrols if it has not yet; `choral client enrol` does the same"""
+    guard: FilePath | None = None
+    """file that says what this device refuses to do; guard.yaml in the state folder, if it is there and nothing is given; read anew
+    whenever it changes, and if it is broken, or was there and is gone, everything is declined"""
     ca: FilePath | None = None
     """PEM file of the authority that signed the coordinator's certificate; for a client with a certificate of yours"""
     certificate: FilePath | None = None

@@ -13,22 +13,32 @@ from choral.messages import Phase, Receipt, Status, Verdict
 from choral.wire import CHUNK_BYTES
 
 from choral_client.backoff import Patience
-from choral_client.outbox import Outbox, Parcel
+from choral_client.outbox import KEPT, Outbox, Parcel
 from choral_client.transport import Transport
 
 log = structlog.get_logger()
 
 
 class Deliveries:
-    """The results on their way, one task each. `report` tells the coordinator how an assignment goes, if it can hear."""
+    """The results on their way, one task each, and at most as many as the outbox keeps.
+
+    `report` tells the coordinator how an assignment goes, if it can hear. `permit` asks the device's guard before each attempt to
+    send, and raises Declined: the result is then forgotten, and not kept for a moment that the guard allows.
+    """
 
     def __init__(
-        self, transport: Transport, outbox: Outbox, patience: Patience, report: Callable[[Status], Awaitable[None]]
+        self,
+        transport: Transport,
+        outbox: Outbox,
+        patience: Patience,
+        report: Callable[[Status], Awaitable[None]],
+        permit: Callable[[], None],
     ) -> None:
         self._transport = transport
         self._outbox = outbox
         self._patience = patience
         self._report = report
+        self._permit = permit
         self._under_way: dict[str, asyncio.Task[bool]] = {}
 
     async def send(self, parcel: Parcel, payload: memoryview) -> None:
@@ -76,6 +86,9 @@ class Deliveries:
         if assignment in self._under_way:
             settling.close()
             return self._under_way[assignment]
+        for oldest in list(self._under_way)[: 1 - KEPT]:  # or a coordinator that takes nothing could fill the memory
+            log.warning("too many results are being sent; the oldest is given up", kept=KEPT)
+            self.withdraw(oldest)
         task = self._under_way[assignment] = asyncio.create_task(settling)
         task.add_done_callback(lambda done: self._forget(assignment, done))
         return task
@@ -112,6 +125,7 @@ class Deliveries:
     async def _carry(self, parcel: Parcel, payload: memoryview, fresh: bool) -> Receipt:
         """The receipt, however often the link breaks: each attempt but a fresh result's first begins where the last one ended."""
         header, failures = parcel.header, 0
+        await asyncio.to_thread(self._permit)
         if len(payload) > CHUNK_BYTES:  # a small one arrives as soon as the word of it
             await self._report(Status(header.assignment, Phase.UPLOADING))
         while True:
@@ -131,3 +145,4 @@ class Deliveries:
                 failures += 1
                 log.warning("upload failed", round=parcel.round, reason=str(error), attempt=failures)
             await self._patience.pause(failures)
+            await asyncio.to_thread(self._permit)

@@ -14,6 +14,7 @@ from choral.messages import VersionRef
 from choral.wire import CHUNK_BYTES
 
 from choral_client.backoff import Patience
+from choral_client.checkpoint import Expected
 from choral_client.transport import Transport
 
 log = structlog.get_logger()
@@ -22,13 +23,17 @@ _ATTEMPTS = 4
 
 
 class ModelFile:
-    """Fetches versions into `model.safetensors`. Nothing is made durable: what is lost or damaged is found and fetched again."""
+    """Fetches versions into `model.safetensors`: nothing gets there that is not `expected`, or fills the disk on the way.
 
-    def __init__(self, transport: Transport, folder: Path, patience: Patience) -> None:
+    Nothing is made durable: what is lost or damaged is found and fetched again.
+    """
+
+    def __init__(self, transport: Transport, folder: Path, patience: Patience, expected: Expected) -> None:
         self._transport = transport
         self._folder = folder
         self._path = folder / MODEL
         self._patience = patience
+        self._expected = expected
         self._fetching = asyncio.Lock()
         self._held: tuple[VersionRef, bytes] | None = None
 
@@ -40,8 +45,14 @@ class ModelFile:
         """The checkpoint of a version: the one held, or a download that is then held. One at a time.
 
         Tries again where the link broke; gives up after four attempts in which nothing arrived, or which arrived damaged. Raises
-        Unreachable, CorruptTransfer or UnknownVersion; Declined: the disk is full or cannot be written.
+        Unreachable, CorruptTransfer or UnknownVersion; Declined: the disk is full or cannot be written, or it is or must be another
+        model than the one installed.
         """
+        if version.size_bytes > self._expected.largest_bytes:
+            raise Declined(
+                f"version {version.number} is announced with {version.size_bytes} bytes; "
+                f"one of the model installed here has at most {self._expected.largest_bytes}"
+            )
         async with self._fetching:
             if self._held is None or not self.holds(version):
                 content = await self._kept(version) if self._held is None else None
@@ -97,7 +108,21 @@ class ModelFile:
             with suppress(OSError):  # the next attempt meets the same, and says so
                 _write(part, have, fresh)
             raise
-        return await asyncio.to_thread(_complete, part, have, fresh, version, self._path)
+        return await asyncio.to_thread(self._complete, part, have, fresh, version)
+
+    def _complete(self, part: Path, have: int, fresh: bytearray, version: VersionRef) -> bytes:
+        """Write the rest and put the file in place of the last model, if it is the version; otherwise delete it."""
+        _write(part, have, fresh)
+        content = part.read_bytes() if have else bytes(fresh)
+        try:
+            if _digest(content) != version.digest:
+                raise CorruptTransfer(f"version {version.number} arrived with another digest than was announced: fetch it again")
+            self._expected.check(part)
+        except ChoralError:
+            part.unlink(missing_ok=True)
+            raise
+        part.replace(self._path)
+        return content
 
     def _remove_others(self, part: Path) -> None:
         for other in self._folder.glob("model*.part"):
@@ -122,14 +147,3 @@ def _write(part: Path, offset: int, data: bytearray) -> None:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
             file.seek(offset)
             file.write(data)
-
-
-def _complete(part: Path, have: int, fresh: bytearray, version: VersionRef, path: Path) -> bytes:
-    """Write the rest and put the file in place of the last model, if it is the version; otherwise delete it."""
-    _write(part, have, fresh)
-    content = part.read_bytes() if have else bytes(fresh)
-    if _digest(content) != version.digest:
-        part.unlink(missing_ok=True)
-        raise CorruptTransfer(f"version {version.number} arrived with another digest than was announced: fetch it again")
-    part.replace(path)
-    return content

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -18,11 +19,15 @@ class WorkThread:
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._news = threading.Condition()
         threading.Thread(target=self._run, daemon=True, name="choral-work").start()
 
     async def do(self, function: Callable[[], T]) -> T:
-        """The result of `function()`, called in the thread; what it raises is raised here."""
+        """The result of `function()`, called in the thread; what it raises is raised here.
+
+        Cancelled before its turn, it is not called and leaves nothing behind, however many are given up.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -34,12 +39,22 @@ class WorkThread:
             else:
                 self._tell(loop, _succeed, future, result)
 
-        self._jobs.put(job)
-        return await future
+        with self._news:
+            self._jobs.append(job)
+            self._news.notify()
+        try:
+            return await future
+        finally:
+            with self._news, suppress(ValueError):  # it had its turn
+                self._jobs.remove(job)
 
     def _run(self) -> None:
         while True:
-            self._jobs.get()()
+            with self._news:
+                self._news.wait_for(lambda: self._jobs)
+                job = self._jobs.popleft()
+            job()
+            del job  # and with it the model that it worked on
 
     @staticmethod
     def _tell(loop: asyncio.AbstractEventLoop, what: Callable[..., None], *values: Any) -> None:

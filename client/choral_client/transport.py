@@ -26,6 +26,7 @@ _OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 STALL_S = 30.0
+_MOST_UNSAID = 256  # messages: a coordinator that asks and asks, and does not read the answers, must not fill the memory
 _PIECE_BYTES = wire.CHUNK_BYTES // 4  # what a cut costs: gRPC takes one such piece and has the next in hand
 _GRACE_S = 60.0  # for transfers that are under way when the certificate changes
 _RECEIPT_STALLS = 4  # the coordinator may have to verify and store many results at once; keepalive finds out if it is gone
@@ -202,12 +203,21 @@ class _GrpcAttendance:
         self._call = call
         self._address = address
         self._writing = asyncio.Lock()
+        self._unsaid = 0
 
     async def say(self, message: FromClient) -> None:
+        if self._unsaid >= _MOST_UNSAID:
+            raise Unreachable(f"the coordinator at {self._address} does not read what is said to it")
         # Shielded: gRPC cancels the whole stream with a write that is cancelled, and work may be withdrawn at any moment.
         writing = asyncio.ensure_future(self._write(message))
-        writing.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear of a failure
+        self._unsaid += 1
+        writing.add_done_callback(self._was_said)
         await asyncio.shield(writing)
+
+    def _was_said(self, done: asyncio.Future[None]) -> None:
+        self._unsaid -= 1
+        if not done.cancelled():
+            done.exception()  # nobody may be left to hear of a failure
 
     async def _write(self, message: FromClient) -> None:
         try:

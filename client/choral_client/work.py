@@ -16,8 +16,8 @@ from choral.metrics import LOSS, Metric
 from choral.plan import Kind, Plan
 from choral.statistics import Moments
 from choral.task import Task, user_code
-from safetensors.torch import load
 
+from choral_client.checkpoint import Expected
 from choral_client.data import Shard
 from choral_client.train import fit
 
@@ -39,14 +39,12 @@ class Work:
         self._shard = shard
         self._model = task.initial_model(0)
         self.manifest = describe(self._model)
+        self.expected = Expected(self.manifest)
 
     def do(self, plan: Plan, checkpoint: bytes, stop: threading.Event) -> Result:
         """Do what `plan` says, starting from a safetensors file. Raises Declined, TaskError, or Stopped once `stop` is set."""
-        if (plan.task, plan.task_version) != (self._task.name, self._task.version):
-            raise Declined(
-                f"asked for task {plan.task} {plan.task_version}; {self._task.name} {self._task.version} is installed here"
-            )
-        self._model.load_state_dict(load(checkpoint))
+        self.check(plan)
+        self._model.load_state_dict(self.expected.read(checkpoint))
         if plan.kind is Kind.STATISTICS:
             return self._statistics()
         held_out = self._measure() if plan.evaluate else ()
@@ -55,6 +53,13 @@ class Work:
                 raise Declined("no examples are held out here (holdout in the client's configuration)")
             return Result(memoryview(b""), held_out)
         return self._train(plan, held_out, stop)
+
+    def check(self, plan: Plan) -> None:
+        """Raises Declined: the plan is for a task that is not installed here."""
+        if (plan.task, plan.task_version) != (self._task.name, self._task.version):
+            raise Declined(
+                f"asked for task {plan.task} {plan.task_version}; {self._task.name} {self._task.version} is installed here"
+            )
 
     def _statistics(self) -> Result:
         with user_code(f"task {self._task.name}: reading the features"):

@@ -41,6 +41,8 @@ class Plan:
     training: Training
     seed: int
     evaluate: bool
+    cohort: int = 0
+    """how many results the round is to be made of; 0: the coordinator does not say"""
 
 
 def seed_for(run_seed: int, version: int, client: str) -> int:

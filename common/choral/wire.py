@@ -37,6 +37,8 @@ WORDS = 500  # characters
 PROTOCOL_VERSION = 1
 CHUNK_BYTES = 1 << 20
 DIGEST_BYTES = 32
+HEARTBEAT_S = 0.1, 3600.0  # what a coordinator may ask for, and its configuration allows
+LONGEST_ABSENCE_S = 86_400.0
 MESSAGE_BYTES = 4 * CHUNK_BYTES  # the longest message either side accepts: a chunk, or the manifest of a very deep model
 
 K = TypeVar("K")
@@ -146,6 +148,7 @@ def plan_to_pb(plan: Plan) -> pb.Plan:
         learning_rate=plan.training.learning_rate,
         seed=plan.seed,
         evaluate=plan.evaluate,
+        cohort=plan.cohort,
     )
 
 
@@ -155,8 +158,11 @@ def plan_from_pb(message: pb.Plan) -> Plan:
         training = Training(epochs=message.epochs, batch_size=message.batch_size, learning_rate=message.learning_rate)
     except ValueError as error:
         raise InvalidMessage(f"a plan that is not allowed: {error}") from error
+    if message.cohort < 0:
+        raise InvalidMessage(f"a plan that is not allowed: a cohort of {message.cohort}")
     kind = _known(_KINDS_BACK, message.kind, "round kind")
-    return Plan(kind, message.task, message.task_version, training, message.seed, message.evaluate)
+    task, version = brief(message.task), brief(message.task_version)
+    return Plan(kind, task, version, training, message.seed, message.evaluate, message.cohort)
 
 
 def version_to_pb(version: VersionRef) -> mb.ModelVersion:
@@ -165,7 +171,13 @@ def version_to_pb(version: VersionRef) -> mb.ModelVersion:
 
 
 def version_from_pb(message: mb.ModelVersion) -> VersionRef:
-    """From protobuf."""
+    """From protobuf. Raises InvalidMessage: a digest that is none, or a size that cannot be."""
+    if len(message.digest) != DIGEST_BYTES:
+        raise InvalidMessage(
+            f"the digest of version {message.number} has {len(message.digest)} bytes; a SHA-256 has {DIGEST_BYTES}"
+        )
+    if message.size_bytes < 0:
+        raise InvalidMessage(f"version {message.number} is announced with {message.size_bytes} bytes")
     return VersionRef(message.number, message.digest, message.size_bytes)
 
 
@@ -248,22 +260,35 @@ def from_coordinator_to_pb(said: FromCoordinator) -> pb.AttendResponse:
             return pb.AttendResponse(come_back=pb.ComeBack(after_s=said.after_s, reason=said.reason))
 
 
+def _seconds(value: float, least: float, most: float, what: str) -> float:
+    """A span of time that a coordinator gives, if it is within bounds.
+
+    What is out of bounds is refused and not moved into them: no coordinator that keeps the contract says it, and one that does not
+    gains nothing, for it may send a client away for good whenever it likes.
+    """
+    if not least <= value <= most:
+        raise InvalidMessage(f"{what} is {value:g} s; allowed are {least:g} to {most:g}: ask the coordinator's operator")
+    return value
+
+
 def from_coordinator_from_pb(message: pb.AttendResponse) -> FromCoordinator:
-    """From protobuf. Raises InvalidMessage: nothing is said, or something that this release does not know."""
+    """From protobuf. Raises InvalidMessage: nothing is said, something that this release does not know, or out of all bounds."""
     match message.WhichOneof("message"):
         case "welcome":
             w = message.welcome
-            return Welcome(w.run, w.heartbeat_s, version_from_pb(w.version), w.notice)
+            heartbeat_s = _seconds(w.heartbeat_s, *HEARTBEAT_S, "the pause between heartbeats")
+            return Welcome(brief(w.run), heartbeat_s, version_from_pb(w.version), brief(w.notice))
         case "assignment":
             a = message.assignment
-            return Assignment(a.id, a.round, version_from_pb(a.version), plan_from_pb(a.plan))
+            return Assignment(brief(a.id), a.round, version_from_pb(a.version), plan_from_pb(a.plan))
         case "cancel":
-            return Cancel(message.cancel.assignment, message.cancel.reason)
+            return Cancel(brief(message.cancel.assignment), brief(message.cancel.reason))
         case "new_version":
             return NewVersion(version_from_pb(message.new_version.version))
         case "come_back":
             c = message.come_back
-            return ComeBack(c.after_s if c.HasField("after_s") else None, c.reason)
+            after_s = _seconds(c.after_s, 0.0, LONGEST_ABSENCE_S, "the time until the client is to come back")
+            return ComeBack(after_s if c.HasField("after_s") else None, brief(c.reason))
     raise InvalidMessage("an attendance message that says nothing known to this release: update Choral on this side")
 
 
@@ -321,4 +346,4 @@ def receipt_to_pb(receipt: Receipt) -> pb.UploadResponse:
 
 def receipt_from_pb(message: pb.UploadResponse) -> Receipt:
     """From protobuf. Raises InvalidMessage: a verdict that this release does not know."""
-    return Receipt(_known(_VERDICTS_BACK, message.verdict, "verdict"), message.reason)
+    return Receipt(_known(_VERDICTS_BACK, message.verdict, "verdict"), brief(message.reason))

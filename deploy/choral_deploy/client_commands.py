@@ -27,6 +27,7 @@ def client(
     certificate: Annotated[Path | None, typer.Option(help="This client's own certificate; without enrolment.")] = None,
     key: Annotated[Path | None, typer.Option(help="The private key of that certificate.")] = None,
     state: Annotated[Path | None, typer.Option(help="Folder for the newest model; choral-NAME if not given.")] = None,
+    guard: Annotated[Path | None, typer.Option(help="What this device refuses to do; STATE/guard.yaml, if it is there.")] = None,
     holdout: Annotated[float | None, typer.Option(help="Share of the shard that measures and never trains [0.1].")] = None,
     follow: Annotated[bool | None, typer.Option(help="Fetch every version when it is published [follow].")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads for training.")] = None,
@@ -49,6 +50,7 @@ def client(
         "certificate": certificate,
         "key": key,
         "state": state,
+        "guard": guard,
         "holdout": holdout,
         "follow": follow,
         "threads": threads,
@@ -120,7 +122,7 @@ def _config(path: Path | None, flags: dict[str, Any]) -> Any:
 
     content = read_mapping(path) if path is not None else {}
     home = path.resolve().parent if path is not None else Path()
-    for key in ("data", "ca", "certificate", "key", "token", "state"):
+    for key in ("data", "ca", "certificate", "key", "token", "state", "guard"):
         if isinstance(content.get(key), str):
             content[key] = home / content[key]
     content |= flags

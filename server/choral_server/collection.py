@@ -182,7 +182,8 @@ class Collection:
         run, current = self.run, self.round
         seed = seed_for(run.settings.seed, current.version, part.client)
         evaluate = current.kind is not Kind.STATISTICS and run.clients_measure
-        plan = Plan(current.kind, run.record.task, run.record.task_version, run.training, seed, evaluate)
+        record = run.record
+        plan = Plan(current.kind, record.task, record.task_version, run.training, seed, evaluate, current.goal)
         self._house.sessions.say(part.client, Assignment(part.assignment, current.number, run.version, plan))
 
     def _answer(self, upload: Upload, receipt: Receipt) -> None:

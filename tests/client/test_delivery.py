@@ -6,17 +6,18 @@ import asyncio
 import hashlib
 import random
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from choral.errors import ChoralError, CorruptTransfer, OutOfSpace, TrustError, Unreachable, UpdateRefused
+from choral.errors import ChoralError, CorruptTransfer, Declined, OutOfSpace, TrustError, Unreachable, UpdateRefused
 from choral.messages import Phase, Receipt, Status, UploadHeader, Verdict, VersionRef
 from choral.metrics import Metric
 from choral.plan import Kind
 from choral.wire import CHUNK_BYTES
 from choral_client.backoff import Patience
 from choral_client.delivery import Deliveries
-from choral_client.outbox import Outbox, Parcel
+from choral_client.outbox import KEPT, Outbox, Parcel
 from structlog.testing import capture_logs
 
 PATIENCE_S = 60.0
@@ -86,7 +87,7 @@ class Sender:
         self.said: list[Status] = []
         self.outbox = Outbox(folder / "outbox")
         self.patience = Patience(rng or AtOnce())
-        self.deliveries = Deliveries(calls, self.outbox, self.patience, self._report)  # type: ignore[arg-type]
+        self.deliveries = Deliveries(calls, self.outbox, self.patience, self._report, lambda: None)  # type: ignore[arg-type]
 
     async def _report(self, status: Status) -> None:
         self.said.append(status)
@@ -226,3 +227,36 @@ async def test_whoever_stops_leaves_the_results_for_later(tmp_path: Path) -> Non
     assert ID in sender.outbox
     with pytest.raises(asyncio.CancelledError):
         await sending
+
+
+async def test_the_guard_is_asked_before_each_attempt_and_what_it_does_not_allow_is_forgotten(tmp_path: Path) -> None:
+    allowed = [True, False]
+
+    def permit() -> None:
+        if not allowed.pop(0):
+            raise Declined("not from this network")
+
+    calls = Calls(Unreachable("gone"))
+    sender = Sender(calls, tmp_path)
+    sender.deliveries = Deliveries(calls, sender.outbox, sender.patience, sender._report, permit)  # type: ignore[arg-type]
+    await sender.send()
+    assert calls.asked == [("upload", 0)]
+    assert sender.said == [Status(ID, Phase.DECLINED, "not from this network")]
+    assert ID not in sender.outbox
+
+
+async def test_a_coordinator_that_takes_nothing_does_not_fill_the_memory(tmp_path: Path) -> None:
+    never = asyncio.Event()
+    calls = Calls(*[never] * 50)
+    sender = Sender(calls, tmp_path)
+    sending = []
+    for number in range(50):
+        one = replace(parcel(), header=replace(parcel().header, assignment=f"run/{number}/alice"))
+        sender.outbox.save(one, memoryview(PAYLOAD))
+        sending.append(asyncio.create_task(sender.deliveries.send(one, memoryview(PAYLOAD))))
+        async with asyncio.timeout(PATIENCE_S):
+            await calls.was_asked(number + 1)
+    assert sum(not task.done() for task in sending) == KEPT
+    assert set(sender.outbox.assignments()) == {f"run/{number}/alice" for number in range(50 - KEPT, 50)}
+    await sender.deliveries.stop()
+    await asyncio.gather(*sending, return_exceptions=True)

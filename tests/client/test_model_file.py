@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import pickle
 import random
+import re
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from choral.errors import ChoralError, CorruptTransfer, Declined, UnknownVersion, Unreachable
+from choral.manifest import Entry, EntryKind, Manifest
 from choral.messages import Receipt, UploadHeader, VersionRef
 from choral.wire import CHUNK_BYTES
 from choral_client.backoff import Patience
+from choral_client.checkpoint import Expected
 from choral_client.model_file import ModelFile
+from safetensors.torch import save
 
 SMALL = os.urandom(100)
 LARGE = os.urandom(5 * CHUNK_BYTES + 7)
@@ -74,7 +80,19 @@ class Hang(ChoralError):
 
 
 def model_file(source: Source, folder: Path) -> ModelFile:
-    return ModelFile(source, folder, Patience(AtOnce()))  # type: ignore[arg-type]
+    return ModelFile(source, folder, Patience(AtOnce()), ANYTHING)  # type: ignore[arg-type]
+
+
+class Anything(Expected):
+    """These tests are about bytes, whatever they mean."""
+
+    largest_bytes = 1 << 30
+
+    def check(self, path: Path) -> None:
+        pass
+
+
+ANYTHING = Anything(Manifest(()))
 
 
 def names(folder: Path) -> list[str]:
@@ -183,3 +201,56 @@ async def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path, content: b
     (tmp_path / "model.safetensors").mkdir()  # nothing can take its place
     with pytest.raises(Declined, match=r"version 3 cannot be kept in .* \(.*directory.*\): make room there"):
         await model_file(Source(content), tmp_path).obtain(version(content))
+
+
+# What is not the installed model's
+
+MANIFEST = Manifest((Entry("weight", "F32", (2, 1), 0, EntryKind.AVERAGED), Entry("steps", "I64", (), 0, EntryKind.COUNTER)))
+GOOD = {"weight": torch.zeros(2, 1), "steps": torch.tensor(0)}
+ROOM = (1 << 20) + 2 * 1024
+
+
+async def obtained(folder: Path, content: bytes) -> bytes:
+    models = ModelFile(Source(content), folder, Patience(AtOnce()), Expected(MANIFEST))  # type: ignore[arg-type]
+    return await models.obtain(version(content))
+
+
+async def test_the_models_own_tensors_are_kept_in_whatever_order(tmp_path: Path) -> None:
+    for state in (GOOD, dict(reversed(GOOD.items()))):
+        assert await obtained(tmp_path, save(state)) == save(state)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (pickle.dumps(GOOD), "the version is no safetensors file"),
+        (b"", "the version is no safetensors file"),
+        (b"\xff" * 8 + b"{}", "the version is no safetensors file"),
+        (save(GOOD)[:-1], "the version is no safetensors file"),
+        (save({"weight": torch.zeros(2, 1)}), "tensor 'steps' is missing where I64 [] is expected"),
+        (save(GOOD | {"more": torch.zeros(1)}), "tensor 'more' is F32 [1] where nothing is expected"),
+        (save(GOOD | {"weight": torch.zeros(1, 2)}), "tensor 'weight' is F32 [1, 2] where F32 [2, 1] is expected"),
+        (save(GOOD | {"weight": torch.zeros(2, 1).double()}), "tensor 'weight' is F64 [2, 1] where F32 [2, 1] is expected"),
+        (save(GOOD | {"weight": torch.zeros(2, 1).to(torch.complex64)}), "where F32 [2, 1] is expected"),
+    ],
+)
+async def test_another_file_does_not_take_the_models_place(tmp_path: Path, content: bytes, told: str) -> None:
+    await obtained(tmp_path, save(GOOD))
+    with pytest.raises(Declined, match=re.escape(told)):
+        await obtained(tmp_path, content)
+    with pytest.raises(Declined, match=re.escape(told)):
+        Expected(MANIFEST).read(content)
+    assert names(tmp_path) == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == save(GOOD)
+
+
+@pytest.mark.parametrize(("size_bytes", "fetched"), [(16 + ROOM, True), (17 + ROOM, False), (2**62, False)])
+async def test_a_version_that_cannot_be_so_large_is_not_begun(tmp_path: Path, size_bytes: int, fetched: bool) -> None:
+    """The tensors have 2 · 4 and 8 bytes. What fits, and yet is not of that length, is another model."""
+    source = Source(b"x" * size_bytes if fetched else b"")
+    models = ModelFile(source, tmp_path, Patience(AtOnce()), Expected(MANIFEST))  # type: ignore[arg-type]
+    told = "no safetensors file" if fetched else rf"announced with {size_bytes} bytes; .* has at most {16 + ROOM}"
+    with pytest.raises(Declined, match=told):
+        await models.obtain(VersionRef(3, hashlib.sha256(source.content).digest(), size_bytes))
+    assert source.offsets == ([0] if fetched else [])
+    assert names(tmp_path) == []

@@ -51,6 +51,21 @@ async def test_nobody_need_wait_for_the_result(ending: object) -> None:
     assert await following == "next"
 
 
+async def test_work_given_up_before_its_turn_is_not_begun() -> None:
+    thread = WorkThread()
+    begun, go_on, done = threading.Event(), threading.Event(), []
+    first = asyncio.create_task(thread.do(lambda: (begun.set(), go_on.wait(PATIENCE_S))))
+    await asyncio.to_thread(begun.wait, PATIENCE_S)
+    others = [asyncio.create_task(thread.do(lambda n=n: done.append(n))) for n in range(100)]
+    await asyncio.sleep(0)  # they wait for their turn
+    for task in others[:-1]:
+        task.cancel()
+    await asyncio.wait(others[:-1])
+    go_on.set()
+    await asyncio.gather(first, others[-1])
+    assert done == [99]
+
+
 async def test_the_event_loop_is_free_meanwhile() -> None:
     thread = WorkThread()
     go_on = threading.Event()

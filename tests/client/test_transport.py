@@ -18,6 +18,7 @@ import pytest
 import torch
 from choral import Task, wire
 from choral.errors import CorruptTransfer, InvalidMessage, NameTaken, Unreachable, UpdateRefused
+from choral.manifest import Entry, EntryKind, Manifest
 from choral.messages import (
     Assignment,
     Cancel,
@@ -38,6 +39,7 @@ from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
 from choral_client.agent import Agent
 from choral_client.backoff import Patience
+from choral_client.checkpoint import Expected
 from choral_client.data import Shard
 from choral_client.delivery import Deliveries
 from choral_client.model_file import ModelFile
@@ -283,14 +285,18 @@ async def test_a_link_that_breaks_costs_an_upload_less_than_a_chunk_each_time(pr
     proxy.cut_at(up=[(cut + 1) * len(payload) // (cuts + 1) for cut in range(cuts)])
     header = replace(HEADER, payload_bytes=len(payload), digest=hashlib.sha256(payload).digest())
     async with reaching_over(proxy, Upload=taker.upload, ResumeUpload=taker.resume) as transport:
-        await Deliveries(transport, Outbox(tmp_path), Patience(AtOnce()), unheard).send(Parcel(header, 0), memoryview(payload))
+        await Deliveries(transport, Outbox(tmp_path), Patience(AtOnce()), unheard, lambda: None).send(
+            Parcel(header, 0), memoryview(payload)
+        )
     assert taker.content == payload
     assert taker.calls == cuts + 1
     assert proxy.up - len(payload) < cuts * wire.CHUNK_BYTES
 
 
 async def test_a_link_that_breaks_costs_a_download_little(proxy: Proxy, tmp_path: Path) -> None:
-    cuts, content = 10, random.Random(0).randbytes(30 << 20)
+    cuts, numbers = 10, torch.rand(30 << 18)
+    content = save({"numbers": numbers})
+    expected = Expected(Manifest((Entry("numbers", "F32", (len(numbers),), 0, EntryKind.AVERAGED),)))
     version = VersionRef(3, hashlib.sha256(content).digest(), len(content))
     proxy.cut_at(down=[(cut + 1) * len(content) // (cuts + 1) for cut in range(cuts)])
     offsets: list[int] = []
@@ -301,7 +307,7 @@ async def test_a_link_that_breaks_costs_a_download_little(proxy: Proxy, tmp_path
             yield pb.DownloadResponse(chunk=chunk)
 
     async with reaching_over(proxy, Download=download) as transport:
-        assert await ModelFile(transport, tmp_path, Patience(AtOnce())).obtain(version) == content
+        assert await ModelFile(transport, tmp_path, Patience(AtOnce()), expected).obtain(version) == content
     assert len(offsets) == cuts + 1
     assert offsets == sorted(offsets)
     assert proxy.down - len(content) < 2 * cuts * wire.CHUNK_BYTES
@@ -435,7 +441,7 @@ async def test_work_that_is_withdrawn_while_it_is_reported_does_not_end_the_stre
         nonlocal attendances
         attendances += 1
         assert (await anext(requests)).WhichOneof("message") == "hello"
-        yield wire.from_coordinator_to_pb(Welcome("run", 0.001, version))  # heartbeats in between
+        yield wire.from_coordinator_to_pb(Welcome("run", 0.1, version))  # heartbeats in between
         for round in range(200):
             yield wire.from_coordinator_to_pb(Assignment(f"run/{round}/alice", round, version, plan))
             yield wire.from_coordinator_to_pb(Cancel(f"run/{round}/alice", "closed"))
@@ -474,3 +480,19 @@ async def test_what_is_not_said_any_more_leaves_no_error_behind() -> None:
         assert all(isinstance(ended, asyncio.CancelledError) for ended in await asyncio.gather(*saying, return_exceptions=True))
     gc.collect()  # asyncio complains of an error that nobody saw when its task is collected
     assert [complaint.get("exception") for complaint in complaints] == []
+
+
+async def test_a_coordinator_that_does_not_read_does_not_fill_the_memory() -> None:
+    async def attend(requests: AsyncIterator[pb.AttendRequest], context: Any) -> AsyncIterator[pb.AttendResponse]:
+        yield wire.from_coordinator_to_pb(Welcome("run", 15.0, VERSION))
+        await asyncio.Event().wait()
+
+    async with reaching(Attend=attend) as transport, transport.attend(HELLO) as stream:
+        await anext(stream.heard())
+        saying = [asyncio.create_task(stream.say(Heartbeat())) for _ in range(1000)]
+        await asyncio.sleep(0)  # they have begun, and no word has left yet
+        with pytest.raises(Unreachable, match="does not read what is said to it"):
+            await stream.say(Heartbeat())
+        for task in saying:
+            task.cancel()
+        await asyncio.gather(*saying, return_exceptions=True)

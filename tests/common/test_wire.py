@@ -45,7 +45,7 @@ ENTRIES = st.builds(
     kind=st.sampled_from(EntryKind),
 )
 MANIFESTS = st.builds(Manifest, st.lists(ENTRIES, max_size=4).map(tuple))
-VERSIONS = st.builds(VersionRef, number=COUNT, digest=st.binary(max_size=32), size_bytes=COUNT)
+VERSIONS = st.builds(VersionRef, number=COUNT, digest=st.binary(min_size=32, max_size=32), size_bytes=COUNT)
 METRICS = st.lists(st.builds(Metric, name=TEXT, value=NUMBER, examples=INT64), max_size=3).map(tuple)
 TRAININGS = st.builds(
     Training,
@@ -61,6 +61,7 @@ PLANS = st.builds(
     training=TRAININGS,
     seed=st.integers(0, 2**64 - 1),
     evaluate=st.booleans(),
+    cohort=st.integers(0, 2**31 - 1),
 )
 HELLOS = st.builds(
     Hello,
@@ -79,11 +80,11 @@ FROM_CLIENT = {
     "heartbeat": st.just(Heartbeat()),
 }
 FROM_COORDINATOR = {
-    "welcome": st.builds(Welcome, run=TEXT, heartbeat_s=NUMBER, version=VERSIONS),
+    "welcome": st.builds(Welcome, run=TEXT, heartbeat_s=st.floats(0.1, 3600.0), version=VERSIONS),
     "assignment": st.builds(Assignment, id=TEXT, round=COUNT, version=VERSIONS, plan=PLANS),
     "cancel": st.builds(Cancel, assignment=TEXT, reason=TEXT),
     "new_version": st.builds(NewVersion, version=VERSIONS),
-    "come_back": st.builds(ComeBack, after_s=st.none() | NUMBER, reason=TEXT),
+    "come_back": st.builds(ComeBack, after_s=st.none() | st.floats(0.0, 86_400.0), reason=TEXT),
 }
 HEADERS = st.builds(
     UploadHeader,
@@ -198,7 +199,8 @@ def test_unknown_enum_values_are_refused_by_name(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("epochs", -1), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", math.nan)]
+    ("field", "value"),
+    [("epochs", -1), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", math.nan), ("cohort", -1)],
 )
 def test_a_plan_that_cannot_work_is_refused(field: str, value: float) -> None:
     plan = pb.Plan(kind=mb.ROUND_KIND_TRAINING, epochs=1, batch_size=1, learning_rate=0.1)
@@ -206,6 +208,75 @@ def test_a_plan_that_cannot_work_is_refused(field: str, value: float) -> None:
     setattr(plan, field, value)
     with pytest.raises(InvalidMessage, match=f"(?s)a plan that is not allowed: .*{field}"):
         wire.plan_from_pb(plan)
+
+
+# What a coordinator may not say, whoever it is
+
+VERSION = mb.ModelVersion(number=3, digest=bytes(32), size_bytes=100)
+
+
+def _heard(message: pb.AttendResponse) -> object:
+    return wire.from_coordinator_from_pb(_sent(message))
+
+
+@pytest.mark.parametrize("heartbeat_s", [0.1, 15.0, 3600.0])
+def test_heartbeats_that_can_be_asked_for(heartbeat_s: float) -> None:
+    welcome = _heard(pb.AttendResponse(welcome=pb.Welcome(heartbeat_s=heartbeat_s, version=VERSION)))
+    assert isinstance(welcome, Welcome)
+    assert welcome.heartbeat_s == heartbeat_s
+
+
+@pytest.mark.parametrize("heartbeat_s", [0.0, -1.0, 0.09, 3600.1, 1e300, math.inf, -math.inf, math.nan])
+def test_heartbeats_that_cannot(heartbeat_s: float) -> None:
+    message = pb.AttendResponse(welcome=pb.Welcome(heartbeat_s=heartbeat_s, version=VERSION))
+    with pytest.raises(
+        InvalidMessage, match=r"the pause between heartbeats is .* s; allowed are 0.1 to 3600: ask the coordinator's"
+    ):
+        _heard(message)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 1.0, 86_400.0])
+def test_absences_that_can_be_asked_for(after_s: float) -> None:
+    assert _heard(pb.AttendResponse(come_back=pb.ComeBack(after_s=after_s))) == ComeBack(after_s, "")
+
+
+@pytest.mark.parametrize("after_s", [-0.1, 86_401.0, 1e300, math.inf, math.nan])
+def test_absences_that_cannot(after_s: float) -> None:
+    with pytest.raises(InvalidMessage, match=r"the time until the client is to come back is .* s; allowed are 0 to 86400"):
+        _heard(pb.AttendResponse(come_back=pb.ComeBack(after_s=after_s)))
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        (mb.ModelVersion(number=3, digest=bytes(31)), "the digest of version 3 has 31 bytes; a SHA-256 has 32"),
+        (mb.ModelVersion(number=3, digest=bytes(33)), "the digest of version 3 has 33 bytes; a SHA-256 has 32"),
+        (mb.ModelVersion(number=3), "the digest of version 3 has 0 bytes"),
+        (mb.ModelVersion(number=3, digest=bytes(32), size_bytes=-1), "version 3 is announced with -1 bytes"),
+    ],
+)
+def test_a_version_that_cannot_be_is_refused_wherever_it_is_named(version: mb.ModelVersion, told: str) -> None:
+    plan = pb.Plan(kind=mb.ROUND_KIND_TRAINING, epochs=1, batch_size=1, learning_rate=0.1)
+    for message in (
+        pb.AttendResponse(welcome=pb.Welcome(heartbeat_s=1.0, version=version)),
+        pb.AttendResponse(assignment=pb.Assignment(version=version, plan=plan)),
+        pb.AttendResponse(new_version=pb.NewVersion(version=version)),
+    ):
+        with pytest.raises(InvalidMessage, match=told):
+            _heard(message)
+
+
+def test_a_coordinators_words_are_cut() -> None:
+    endless = "x" * 10_000
+    plan = pb.Plan(kind=mb.ROUND_KIND_TRAINING, task=endless, task_version=endless, epochs=1, batch_size=1, learning_rate=0.1)
+    for message in (
+        pb.AttendResponse(welcome=pb.Welcome(run=endless, heartbeat_s=1.0, version=VERSION, notice=endless)),
+        pb.AttendResponse(assignment=pb.Assignment(id=endless, version=VERSION, plan=plan)),
+        pb.AttendResponse(cancel=pb.Cancel(assignment=endless, reason=endless)),
+        pb.AttendResponse(come_back=pb.ComeBack(reason=endless)),
+    ):
+        assert len(str(_heard(message))) < 3000
+    assert len(wire.receipt_from_pb(pb.UploadResponse(verdict=pb.VERDICT_LATE, reason=endless)).reason) == wire.WORDS
 
 
 # Chunks

@@ -158,6 +158,27 @@ def test_paths_in_a_clients_file_count_from_the_file_and_flags_win(tmp_path: Pat
     assert (tmp_path / "choral-alice").is_dir()
 
 
+def test_a_client_does_not_start_with_a_guard_that_it_cannot_keep(tmp_path: Path) -> None:
+    (tmp_path / "client.yaml").write_text(
+        "server: 127.0.0.1:1\nname: alice\ntask: choral.tasks.boston_housing:task\ndata: shard.csv\nplaintext: true\n"
+        "guard: ours.yaml\n"
+    )
+    missing = run("client", "-c", tmp_path / "client.yaml", folder=tmp_path)
+    assert missing.returncode == 2
+    assert f"choral: {tmp_path / 'ours.yaml'}: cannot be read (No such file or directory)" in missing.stderr
+    (tmp_path / "theirs.yaml").write_text("max_epoch: 5\n")
+    broken = run("client", "-c", tmp_path / "client.yaml", "--guard", "theirs.yaml", folder=tmp_path)
+    assert broken.returncode == 2
+    assert "choral: theirs.yaml: max_epoch: unknown key; did you mean max_epochs?" in broken.stderr
+    (tmp_path / "choral-alice" / "guard.yaml").write_text("min_cohort: none\n")  # found without being named
+    (tmp_path / "ours.yaml").write_text("{}\n")
+    assert run("client", "-c", tmp_path / "client.yaml", folder=tmp_path).returncode == 4  # only the one that is named counts
+    flags = ["--name", "alice", "--server", "127.0.0.1:1", "--task", "choral.tasks.boston_housing:task", "--data", "shard.csv"]
+    found = run("client", *flags, "--plaintext", folder=tmp_path)
+    assert found.returncode == 2
+    assert "guard.yaml: min_cohort: 'none' is not allowed" in found.stderr
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     process = subprocess.Popen([*CLI, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

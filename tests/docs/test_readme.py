@@ -1,4 +1,4 @@
-"""The task in the README works as it stands there: two commands of its own for the coordinator, a token and two more for each client."""
+"""The task in the README works as it stands there, with the commands that stand there."""
 
 from __future__ import annotations
 

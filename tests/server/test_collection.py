@@ -137,7 +137,8 @@ async def test_all_who_are_asked_hear_of_their_part_and_count(home: Home) -> Non
     collection = await here.asked("alice", "bob")
     collecting = here.begin(collection)
     for client in ("alice", "bob"):
-        assert (await here.hears(client, Assignment)).id == here.id_of(client)
+        asked = await here.hears(client, Assignment)
+        assert (asked.id, asked.plan.cohort) == (here.id_of(client), 2)
     assert await sends(collection, "alice", "bob") == [Verdict.ACCEPTED] * 2
     assert states(await collecting) == {"alice": "accepted", "bob": "accepted"}
     assert isinstance(collection.tally.aggregate, WeightedSum)

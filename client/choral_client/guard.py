@@ -1,0 +1,150 @@
+"""What this device refuses to do: a file of its owner, which no coordinator can see or change."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, TypeVar
+
+from choral.address import HostPort
+from choral.config import Settings
+from choral.errors import Declined
+from choral.plan import Kind, Plan
+from pydantic import Field, PlainValidator
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_DAY = 24 * 60  # minutes
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A span of each day, in minutes since midnight by the wall clock: `begin` belongs to it, `end` does not."""
+
+    begin: int
+    end: int
+
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """Read HH:MM-HH:MM; it may run over midnight. Raises ValueError with the form that is expected."""
+        match = re.fullmatch(r"(\d\d):(\d\d)-(\d\d):(\d\d)", text)
+        hours = [int(part) for part in match.groups()] if match is not None else []
+        begin, end = (60 * hours[0] + hours[1], 60 * hours[2] + hours[3]) if hours else (_DAY, 0)
+        if begin >= _DAY or end > _DAY or any(minutes > 59 for minutes in hours[1::2]):
+            raise ValueError(f'{text!r} is no span of a day; write it in quotes as "HH:MM-HH:MM", for example "22:00-06:00"')
+        if begin == end:
+            raise ValueError(f"{text!r} begins when it ends; leave hours out to allow the whole day")
+        return cls(begin, end)
+
+    def __contains__(self, now: datetime) -> bool:
+        minute = 60 * now.hour + now.minute
+        if self.begin < self.end:
+            return self.begin <= minute < self.end
+        return minute >= self.begin or minute < self.end
+
+    def __str__(self) -> str:
+        return f"{self.begin // 60:02}:{self.begin % 60:02}-{self.end // 60:02}:{self.end % 60:02}"
+
+
+def _window(value: Any) -> Window:
+    if not isinstance(value, str):
+        raise ValueError('write it in quotes as "HH:MM-HH:MM", for example "22:00-06:00"')
+    return Window.parse(value)
+
+
+def _network(value: Any) -> _Network:
+    try:
+        if not isinstance(value, str):
+            raise ValueError("it is no text")
+        return ipaddress.ip_network(value)
+    except ValueError as error:
+        raise ValueError(f"write a network as 192.168.1.0/24 or fd00::/8 ({error})") from None
+
+
+class Guard(Settings):
+    """The whole file. What is not given is not limited; a plan outside of what is given is declined with the reason."""
+
+    tasks: dict[str, list[str]] | None = None
+    """allowed tasks: the name of each, with the list of its allowed versions, as text; whatever is allowed, only the installed task
+    is ever run; the installed task alone, if not given"""
+    max_epochs: Annotated[int, Field(ge=0)] | None = None
+    """most passes over the local examples that one round may train"""
+    max_work_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """longest local work for one round, in seconds; what takes longer is stopped at the next batch, and nothing of it is sent"""
+    max_work_s_per_day: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = None
+    """longest local work in one day from midnight to midnight, in seconds, all rounds and restarts taken together"""
+    min_cohort: Annotated[int, Field(ge=1)] | None = None
+    """least number of results that a round is to be made of; it is the coordinator's word, which this device cannot verify without
+    secure aggregation: it keeps away from small rounds of an honest coordinator, and from no lie"""
+    secure_aggregation: bool = False
+    """take part only where the coordinator sees nothing but the sum over a cohort; this release does not have it yet, so that true
+    declines every plan, whatever the coordinator says: updates, statistics, and measurements too, for a loss is computed from the
+    examples, and who may choose the model that is measured can read them out of it"""
+    max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """most privacy that may be lost, as ε of differential privacy; this release adds no noise yet, so no ε holds and every plan
+    is declined, measurements too, whatever the coordinator says"""
+    hours: list[Annotated[Window, PlainValidator(_window)]] | None = None
+    """spans of the day, by this device's own clock, in which it works, sends and fetches versions: for example "22:00-06:00", which
+    runs over midnight"""
+    networks: list[Annotated[_Network, PlainValidator(_network)]] | None = None
+    """networks from which it works, sends, and fetches versions: its own address on the way to the coordinator must lie in one of
+    them, for example 192.168.1.0/24"""
+
+    def check(self, plan: Plan, now: datetime, address: IPAddress | None) -> None:
+        """Raises Declined: the plan is outside of what is allowed, or as `check_sending`."""
+        if self.tasks is not None and plan.task_version not in self.tasks.get(plan.task, ()):
+            raise Declined(_told("tasks", f"task {plan.task} {plan.task_version}", self._tasks_told()))
+        if self.max_epochs is not None and plan.kind is Kind.TRAINING and plan.training.epochs > self.max_epochs:
+            raise Declined(_told("max_epochs", f"{plan.training.epochs} epochs", f"at most {self.max_epochs}"))
+        if self.min_cohort is not None and plan.cohort < self.min_cohort:
+            raise Declined(_told("min_cohort", f"a cohort of {plan.cohort}", f"at least {self.min_cohort}"))
+        self.check_sending(now, address)
+
+    def check_sending(self, now: datetime, address: IPAddress | None) -> None:
+        """Whether anything that was computed from the examples may leave. Raises Declined: it may not, or as `check_conditions`."""
+        if self.secure_aggregation:
+            raise Declined("this device's guard requires secure_aggregation, which this release of Choral does not have yet")
+        if self.max_epsilon is not None:
+            raise Declined(
+                f"this device's guard requires differential privacy (max_epsilon: {self.max_epsilon:g}), "
+                "which this release of Choral does not have yet"
+            )
+        self.check_conditions(now, address)
+
+    def check_conditions(self, now: datetime, address: IPAddress | None) -> None:
+        """Whether this is the time and the place. `now` is local time, `address` the device's own; None: it has none at present.
+
+        Raises Declined.
+        """
+        if self.hours is not None and not any(now in window for window in self.hours):
+            raise Declined(_told("hours", f"work at {now:%H:%M}", ", ".join(map(str, self.hours)) or "no time of day"))
+        if self.networks is not None and not any(address in network for network in self.networks if address is not None):
+            told = f"work from {address}" if address is not None else "work without a way to the coordinator"
+            raise Declined(_told("networks", told, ", ".join(map(str, self.networks)) or "no network"))
+
+    def _tasks_told(self) -> str:
+        return ", ".join(f"{name} {version}" for name, versions in (self.tasks or {}).items() for version in versions) or "no task"
+
+
+def _told(key: str, asked: str, allowed: str) -> str:
+    return f"this device's guard does not allow {asked}; it allows {allowed} ({key})"
+
+
+def address_towards(server: HostPort) -> IPAddress | None:
+    """This device's own address on the way to `server`; None: there is no way. Resolves the name, and sends it nothing."""
+    try:
+        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_DGRAM)
+    except OSError:
+        return None
+    for family, kind, protocol, _, target in found:  # in the order in which a connection tries them
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(target)  # UDP: this picks the route, and no packet leaves
+                return ipaddress.ip_address(str(probe.getsockname()[0]).partition("%")[0])
+        except OSError:
+            continue
+    return None
