@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from choral.canonical import canonical
 from choral.config import Settings
 
 
@@ -41,6 +42,19 @@ class Plan:
     training: Training
     seed: int
     evaluate: bool
+
+
+def digest_of(plan: Plan, goal: int) -> bytes:
+    """SHA-256 of what all clients of a round are asked alike: the plan without its seed, and how many results are wanted."""
+    common = {
+        "kind": plan.kind.value,
+        "task": plan.task,
+        "task_version": plan.task_version,
+        "training": plan.training.model_dump(),
+        "evaluate": plan.evaluate,
+        "goal": goal,
+    }
+    return hashlib.sha256(b"choral plan 1" + canonical(common).encode()).digest()
 
 
 def seed_for(run_seed: int, version: int, client: str) -> int:
