@@ -1,4 +1,4 @@
-"""The head of a coordinator's history: its newest entry, signed. Whoever keeps one can tell later whether the entry is still there."""
+"""The head of a coordinator's history: its newest entry, signed. Whoever keeps one can tell later whether the entry stayed."""
 
 from __future__ import annotations
 

@@ -31,6 +31,8 @@ from choral_server.collection import House
 from choral_server.config import ServerConfig, Tls
 from choral_server.coordinator import Coordinator
 from choral_server.database import Database
+from choral_server.facts import configuration
+from choral_server.history_key import key_for
 from choral_server.lease import Lease
 from choral_server.records import RunRecord, RunState
 from choral_server.run import Runs
@@ -154,7 +156,8 @@ async def _stored(config: ServerConfig, troubles: Troubles) -> AsyncIterator[tup
     database = await Database.open(config.database_url, troubles)
     try:
         lease = await Lease.take(database, _holder(config.state), config.lease_s)
-        store = await Store.open(database, lease)
+        store = await Store.open(database, lease, await key_for(config.state, database))
+        await store.configure(configuration(config, database.name))
         try:
             yield store, lease
         finally:

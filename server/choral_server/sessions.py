@@ -8,19 +8,24 @@ from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass, field
 
 from choral.errors import InvalidMessage, ManifestMismatch, NameTaken, TaskMismatch
+from choral.heads import Head
 from choral.manifest import Manifest, first_difference
 from choral.messages import FromCoordinator, Hello
 
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """One client's open stream. What is said to the client waits in `outbox`; None closes the stream."""
+    """One client's open stream. What is said to the client waits in `outbox`; None closes the stream.
+
+    `history` is the newest head that the client was handed before.
+    """
 
     client: str
     instance: str
     examples: int
     software: str
     address: str
+    history: Head | None = None
     outbox: asyncio.Queue[FromCoordinator | None] = field(default_factory=asyncio.Queue)
 
     def say(self, message: FromCoordinator) -> None:
@@ -64,7 +69,7 @@ class Sessions:
             raise NameTaken(f"a client named {hello.client} attends already, from {before.address}: give this one another name")
         if before is not None:
             before.close()
-        session = Session(hello.client, hello.instance, hello.examples, hello.software, address)
+        session = Session(hello.client, hello.instance, hello.examples, hello.software, address, hello.history)
         self._open[hello.client] = session
         self._seen.add(hello.client)
         self._any_seen.set()

@@ -25,12 +25,13 @@ from choral.metrics import Metric
 from choral.plan import Kind
 from choral_server.artifacts import Artifacts, FolderArtifacts, open_artifacts
 from choral_server.backups import reading, restoring, taking
-from choral_server.backups.contents import Summary
+from choral_server.backups.contents import Summary, known_schemas
 from choral_server.backups.restoring import restore
 from choral_server.backups.taking import back_up
 from choral_server.checkpoints import Checkpoints
 from choral_server.config import ServerConfig
 from choral_server.database import Database
+from choral_server.history_key import key_for
 from choral_server.lease import Lease
 from choral_server.objective import Progress
 from choral_server.records import ClientRecord, EventRecord, RunRecord, RunState, VersionRecord
@@ -94,7 +95,7 @@ async def opened(config: ServerConfig) -> AsyncIterator[tuple[Store, Database]]:
     database = await Database.open(config.database_url, Troubles())
     try:
         lease = await Lease.take(database, "coordinator", 60)
-        yield await Store.open(database, lease), database
+        yield await Store.open(database, lease, await key_for(config.state, database), lambda: NOON), database
         await lease.give_up()
     finally:
         await database.close()
@@ -313,11 +314,11 @@ async def test_only_the_owner_can_read_the_file_and_it_has_no_password(postgres:
     with tarfile.open(file) as tar:
         names = tar.getnames()
         about = json.load(tar.extractfile("backup.json"))  # type: ignore[arg-type]
-    assert about.items() >= {"format": 1, "schema": "0001", "taken_at": NOON.isoformat()}.items()
+    assert about.items() >= {"format": 1, "schema": known_schemas()[0], "taken_at": NOON.isoformat()}.items()
     assert about["database"] == url.replace("hush", "***")
     assert names[0] == "backup.json"
     assert names[-1] == "contents.json"
-    assert {name.partition("/")[0] for name in names} == {"backup.json", "runs", "tables", "contents.json"}
+    assert {name.partition("/")[0] for name in names} == {"backup.json", "runs", "tables", "history.key", "contents.json"}
     assert "tables/leases.jsonl" not in names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backup.tar", "state"]
 
