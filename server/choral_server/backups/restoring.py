@@ -81,6 +81,7 @@ async def restore(config: ServerConfig, file: Path, now: datetime, progress: Pro
                 key = _history_key(backup, config.state)
                 restoration = _Restoration(backup, database, artifacts, config.state, now, key)
                 await restoration.write_versions()
+                history_key.keep(config.state, key)  # to stay, before a row that it signed is
                 await restoration.write_rows(lease)
                 restoration.point()
         finally:
@@ -89,13 +90,11 @@ async def restore(config: ServerConfig, file: Path, now: datetime, progress: Pro
 
 
 def _history_key(backup: Backup, state: Path) -> Ed25519PrivateKey:
-    """The key with which the history goes on, in the state folder. Raises ConfigError: another one is there."""
+    """The key with which the history goes on. Raises ConfigError: another one is in the state folder."""
     saved, there = backup.history_key, history_key.found(state)
     if saved is None:
-        return there if there is not None else history_key.made(state)
-    if there is None:
-        history_key.keep(state, saved)
-    elif history_key.public_part(there) != history_key.public_part(saved):
+        return there if there is not None else Ed25519PrivateKey.generate()
+    if there is not None and history_key.public_part(there) != history_key.public_part(saved):
         raise ConfigError(
             f"{history_key.path_of(state)} is there already and another key than the one in the backup, which signed its history: "
             "move it away, or give another state folder"
