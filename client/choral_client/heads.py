@@ -44,8 +44,8 @@ class Heads:
             return None if newest is None else f"no head is handed out any more, and it stood at entry {newest.sequence}"
         if newest is not None and head.key != newest.key:
             return (
-                f"it is signed with key {fingerprint(head.key)}, and was with {fingerprint(newest.key)}: this is another coordinator "
-                f"or its history was replaced; ask its operator and, if that is as it should be, move {self._path} away"
+                f"it is signed with key {fingerprint(head.key)}, and was with {fingerprint(newest.key)}: it is another "
+                f"coordinator's or was replaced; ask its operator and, if that is as it should be, move {self._path} away"
             )
         if not is_genuine(head):
             return f"entry {head.sequence} has no good signature: ask the coordinator's operator to verify it (choral audit verify)"

@@ -24,6 +24,7 @@ KEY = "key"
 """the fact, in entries of these two, that is the public key"""
 NOTHING = bytes(32)
 _DOMAIN = b"choral history entry 1"
+_SHIFTS = [sign * by for by in range(1, 129) for sign in (1, -1)]  # how far an entry that was moved is looked for
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 Facts = Mapping[str, Any]
@@ -160,10 +161,14 @@ class Chain:
 
     def end(self) -> None:
         """All entries were given: say of those that were changed whether they were only moved."""
+        shift = 0
         for entry in self._changed:
-            place = self._places.get(entry.before, -1) + 1
-            if place > 0 and _is_whole(replace(entry, sequence=place)):
-                self._fault(entry, f"is entry {place}, moved here: the order was changed")
+            moved = next((by for by in (shift, *_SHIFTS) if _is_whole(replace(entry, sequence=entry.sequence + by))), None)
+            if moved is not None:
+                shift = moved  # those behind it may have been moved as far
+                self._fault(
+                    entry, f"is entry {entry.sequence + moved}, moved here: the order was changed, or entries before it removed"
+                )
             else:
                 self._fault(entry, "was changed: its content is not what its digest says")
         self._changed.clear()

@@ -113,7 +113,7 @@ async def _refuse_if_used(config: ServerConfig) -> None:
 
 async def _must_be_empty(connection: AsyncConnection, name: str) -> None:
     there = await connection.run_sync(lambda sync: set(sa.inspect(sync).get_table_names()))
-    for table in TABLES:
+    for table in (RUNS, *TABLES):  # what says most to people first
         if table.name not in there:
             continue
         if count := await connection.scalar(sa.select(sa.func.count()).select_from(table)):
