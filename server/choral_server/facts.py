@@ -70,7 +70,7 @@ def version_facts(record: VersionRecord, made_in: int | None = None) -> Facts:
 
 def configuration(config: ServerConfig, database: str) -> dict[str, Any]:
     """The configuration by dotted key, and the release; `database` is its URL as people may see it, without password."""
-    content = config.model_copy(update={"database": database}).model_dump(mode="json")
+    content = config.model_copy(update={"database": database}).model_dump(mode="json", warnings=False)
     return {"release": __version__} | dict(_flat("", content))
 
 

@@ -166,9 +166,8 @@ class Chain:
             moved = next((by for by in (shift, *_SHIFTS) if _is_whole(replace(entry, sequence=entry.sequence + by))), None)
             if moved is not None:
                 shift = moved  # those behind it may have been moved as far
-                self._fault(
-                    entry, f"is entry {entry.sequence + moved}, moved here: the order was changed, or entries before it removed"
-                )
+                place = entry.sequence + moved
+                self._fault(entry, f"is entry {place}, moved here: the order was changed, or entries before it removed")
             else:
                 self._fault(entry, "was changed: its content is not what its digest says")
         self._changed.clear()
