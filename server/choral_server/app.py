@@ -156,17 +156,34 @@ async def _stored(config: ServerConfig, troubles: Troubles) -> AsyncIterator[tup
     database = await Database.open(config.database_url, troubles)
     try:
         lease = await Lease.take(database, _holder(config.state), config.lease_s)
-        store = await Store.open(database, lease, await key_for(config.state, database))
-        await store.configure(configuration(config, database.name))
-        try:
-            yield store, lease
-        finally:
-            with suppress(TimeoutError):  # a database that is gone keeps nobody from ending
-                async with asyncio.timeout(config.drain_s):
-                    await store.flush()
-                    await lease.give_up()
+        async with _given_up(lease, config.drain_s):
+            store = await Store.open(database, lease, await key_for(config.state, database))
+            await store.configure(configuration(config, database.name))
+            async with _flushed(store, config.drain_s):
+                yield store, lease
     finally:
         await database.close()
+
+
+@asynccontextmanager
+async def _given_up(lease: Lease, patience_s: float) -> AsyncIterator[None]:
+    """Let others have the lease at the end, also if it comes at once; a database that is gone keeps nobody from ending."""
+    try:
+        yield
+    finally:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await lease.give_up()
+
+
+@asynccontextmanager
+async def _flushed(store: Store, patience_s: float) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await store.flush()
 
 
 def _holder(folder: Path) -> str:

@@ -74,8 +74,10 @@ async def opened(config: ServerConfig) -> AsyncIterator[Store]:
     database = await Database.open(config.database_url, Troubles())
     try:
         lease = await Lease.take(database, "coordinator", 3600.0)
-        yield await Store.open(database, lease, await history_key.key_for(config.state, database), lambda: NOON)
-        await lease.give_up()
+        try:
+            yield await Store.open(database, lease, await history_key.key_for(config.state, database), lambda: NOON)
+        finally:
+            await lease.give_up()
     finally:
         await database.close()
 
@@ -177,8 +179,6 @@ async def test_what_is_not_committed_is_not_told(config: ServerConfig) -> None:
         assert store.head == head
         await Lease.take(rival, "coordinator", 3600.0)
         await rival.close()
-        with contextlib.suppress(LeaseLost):
-            await store._lease.give_up()
         store._lease.epoch += 2
     assert (await audit(config, {})).faults == []
 
@@ -363,7 +363,7 @@ async def test_a_history_does_not_go_on_with_another_key_unless_an_operator_says
     with pytest.raises(ConfigError, match=r"history\.key .*: put the file back from where it was .*\(`choral audit renew-key`\)"):
         async with opened(config):
             pass
-    renewed = await history_key.renew(replace_lease(config), lambda: NOON)
+    renewed = await history_key.renew(config, lambda: NOON)
     found = await audit(config, {"alice": heads})
     assert (found.faults, list(found.keys)) == ([], [1, found.entries])
     assert found.keys[found.entries].hex().startswith(renewed)
@@ -371,11 +371,7 @@ async def test_a_history_does_not_go_on_with_another_key_unless_an_operator_says
         await store.commit(EventRecord(NOON, "run paused"))
     assert (await audit(config, {})).faults == []
     with pytest.raises(WrongState, match="nothing is to be renewed"):
-        await history_key.renew(replace_lease(config), lambda: NOON)
-
-
-def replace_lease(config: ServerConfig) -> ServerConfig:
-    return config.model_copy(update={"lease_s": 60.0})
+        await history_key.renew(config, lambda: NOON)
 
 
 @pytest.mark.parametrize("content", [b"", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"])
