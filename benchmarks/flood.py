@@ -4,14 +4,14 @@
 
 A coordinator and its clients run rounds. From another process come, as fast as it can,
 
-    connections  nobody's, without a certificate, half of them at the members' port and half where tokens are taken: some are silent,
-                 some talk nonsense, some do the TLS handshake as far as they get
+    connections  nobody's, without a certificate, half of them at the members' port and half where tokens are taken: some are
+                 silent, some talk nonsense, some begin a TLS handshake and show nothing
     streams      malformed calls of one enrolled client: nonsense for messages, messages in the wrong order, too long a message, too
                  much metadata, streams that never say anything, frames that are not HTTP/2's
 
-Printed are the medians of the rounds before and after, and while that went on; their ratio; and the coordinator's resident memory. The
-attacker runs at the lowest priority (nice 19): it has a machine of its own in life and shares these cores here, and its own work is not
-what is measured.
+Printed are the medians of the rounds before and after, and while that went on; their ratio; and the coordinator's resident memory.
+The attacker runs at the lowest priority (nice 19): in life it has a machine of its own, here it shares
+these cores, and its own work is not what is measured.
 """
 
 from __future__ import annotations
@@ -254,9 +254,8 @@ def main() -> None:
         print(f"{found[f'{kind}_done']}")
         rounds, ratio = len(found[kind]), figures[kind] / usual
         print(f"  median of the {rounds} rounds meanwhile: {figures[kind]:.1f} ms, {ratio:.2f} × the usual")
-    print(
-        f"coordinator's memory: {found['memory_before_mb']:.0f} MB before, at most {most_of(found):.0f} MB, {found['memory_after_mb']:.0f} MB after"
-    )
+    before, after = found["memory_before_mb"], found["memory_after_mb"]
+    print(f"coordinator's memory: {before:.0f} MB before, at most {most_of(found):.0f} MB, {after:.0f} MB after")
 
 
 def most_of(found: dict[str, Any]) -> float:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 from choral.errors import ChoralError, Declined, InvalidMessage, NameTaken, Unreachable
+from choral.heads import Head
 from choral.messages import (
     Assignment,
     Cancel,
@@ -38,6 +39,7 @@ from choral_client.backoff import CAP_S, Patience, full_jitter
 from choral_client.delivery import Deliveries
 from choral_client.diary import Diary
 from choral_client.guard_file import GuardFile
+from choral_client.heads import Heads
 from choral_client.model_file import ModelFile
 from choral_client.outbox import Outbox, Parcel
 from choral_client.oversight import Oversight
@@ -93,6 +95,7 @@ class Agent:
         self._work = work
         self._oversight = oversight or Oversight(GuardFile(state), state)
         self._diary = Diary(state)
+        self._heads = Heads(state)
         self._follow = follow
         self._first_contact_s = first_contact_s
         self._rng = rng or random.Random()  # noqa: S311 - spreads clients in time; nothing secret
@@ -146,7 +149,7 @@ class Agent:
 
     async def _attend(self) -> ComeBack:
         """One attendance, from hello to the coordinator's farewell."""
-        async with self._transport.attend(self._hello) as stream:
+        async with self._transport.attend(replace(self._hello, history=self._heads.newest)) as stream:
             self._stream = stream
             beat: asyncio.Task[None] | None = None
             try:
@@ -170,6 +173,7 @@ class Agent:
     def _welcome(self, welcome: Welcome) -> None:
         self._welcomed, self._failures = True, 0
         log.info("attending", run=welcome.run, version=welcome.version.number)
+        self._look_at_history(welcome.history)
         self._diary.write("attending", run=welcome.run)
         self._patience.link_is_back()
         self._aside(self._deliveries.offer_saved())
@@ -179,6 +183,7 @@ class Agent:
         job = self._job if self._job is not None and self._job.goes_on else None
         match message:
             case Assignment():
+                self._look_at_history(message.history)
                 if job is not None and job.assignment == message.id:
                     log.info("still at it", round=message.round)
                     if self._status is not None and self._status.assignment == message.id:
@@ -196,6 +201,10 @@ class Agent:
                     log.info("no longer wanted", assignment=assignment, reason=reason)
             case NewVersion(version):
                 self._follow_to(version)
+
+    def _look_at_history(self, head: Head | None) -> None:
+        if (fault := self._heads.take(head)) is not None:
+            self._diary.remember(history=fault)
 
     def _follow_to(self, version: VersionRef) -> None:
         if self._follow:

@@ -19,12 +19,17 @@ class Diary:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._lasting: dict[str, Any] = {}
+
+    def remember(self, **details: Any) -> None:
+        """What each note tells from now on, until the client ends."""
+        self._lasting |= details
 
     def write(self, doing: str, **details: Any) -> None:
         """Note what the client does now; `details` are for people. A disk that is full ends nothing but the notes."""
         aside = self._folder / f".{_NAME}.part"
         try:
-            aside.write_text(json.dumps({"doing": doing, "at": time.time(), **details}), encoding="utf-8")
+            aside.write_text(json.dumps({"doing": doing, "at": time.time(), **self._lasting, **details}), encoding="utf-8")
             aside.replace(self._folder / _NAME)
         except OSError as error:
             log.warning("status not written", folder=str(self._folder), reason=str(error))

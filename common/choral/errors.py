@@ -13,6 +13,7 @@
     ├── OutOfSpace           a disk is full                                      (try again)
     ├── DatabaseGone         the database does not answer                        (try again)
     ├── LeaseLost            another coordinator has taken over the database
+    ├── HistoryBroken        the history is not what was signed, or not all of it
     ├── Declined             this client will not do the assignment
     └── Refused              the coordinator said no
         ├── Unauthenticated      no certificate, or none that the coordinator accepts
@@ -124,6 +125,12 @@ class LeaseLost(ChoralError):
 
     grpc_code = "UNAVAILABLE"
     exit_code = 9
+
+
+class HistoryBroken(ChoralError):
+    """The history is not what the coordinator signed, not all of it, or another's."""
+
+    exit_code = 10
 
 
 class Declined(ChoralError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from choral.heads import Head
 from choral.manifest import Manifest
 from choral.metrics import Metric
 from choral.plan import Kind, Plan
@@ -21,7 +22,7 @@ class VersionRef:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Who a client is and what it can work on."""
+    """Who a client is and what it can work on. `history` is the newest head that it was handed, if it was handed any."""
 
     protocol_version: int
     client: str
@@ -31,26 +32,29 @@ class Hello:
     manifest: Manifest
     examples: int
     software: str
+    history: Head | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The client is in. `notice` is for its owner to read."""
+    """The client is in. `notice` is for its owner to read; `history` is where the coordinator's history stands."""
 
     run: str
     heartbeat_s: float
     version: VersionRef
     notice: str = ""
+    history: Head | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One client's part in one round."""
+    """One client's part in one round; `history` is where the coordinator's history stands."""
 
     id: str
     round: int
     version: VersionRef
     plan: Plan
+    history: Head | None = None
 
 
 @dataclass(frozen=True, slots=True)

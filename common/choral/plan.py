@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from choral.canonical import canonical
 from choral.config import Settings
 
 
@@ -43,6 +44,19 @@ class Plan:
     evaluate: bool
     cohort: int = 0
     """how many results the round is to be made of; 0: the coordinator does not say"""
+
+
+def digest_of(plan: Plan) -> bytes:
+    """SHA-256 of what all clients of a round are asked alike: the plan without its seed."""
+    common = {
+        "kind": plan.kind.value,
+        "task": plan.task,
+        "task_version": plan.task_version,
+        "training": plan.training.model_dump(),
+        "evaluate": plan.evaluate,
+        "cohort": plan.cohort,
+    }
+    return hashlib.sha256(b"choral plan 1" + canonical(common).encode()).digest()
 
 
 def seed_for(run_seed: int, version: int, client: str) -> int:

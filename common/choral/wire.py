@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from choral.errors import CorruptTransfer, InvalidMessage, ProtocolMismatch
+from choral.heads import Head, fault_of
 from choral.manifest import Entry, EntryKind, Manifest
 from choral.messages import (
     Assignment,
@@ -191,6 +192,24 @@ def metrics_from_pb(messages: Iterable[mb.Metric]) -> tuple[Metric, ...]:
     return tuple(Metric(m.name, m.value, m.examples) for m in messages)
 
 
+def head_to_pb(head: Head | None) -> pb.Head | None:
+    """To protobuf; None stays absent."""
+    if head is None:
+        return None
+    return pb.Head(sequence=head.sequence, digest=head.digest, signature=head.signature, key=head.key)
+
+
+def head_from_pb(holder: pb.Hello | pb.Welcome | pb.Assignment) -> Head | None:
+    """From the message that holds it, if it holds one. Raises InvalidMessage: a length or a number that is not allowed."""
+    if not holder.HasField("history"):
+        return None
+    message = holder.history
+    head = Head(message.sequence, message.digest, message.signature, message.key)
+    if (fault := fault_of(head)) is not None:
+        raise InvalidMessage(f"a head of the history that is not allowed: {fault}")
+    return head
+
+
 # The attendance stream
 
 
@@ -207,6 +226,7 @@ def from_client_to_pb(said: FromClient) -> pb.AttendRequest:
                 manifest=manifest_to_pb(said.manifest),
                 examples=said.examples,
                 software=said.software,
+                history=head_to_pb(said.history),
             )
             return pb.AttendRequest(hello=hello)
         case Status():
@@ -233,7 +253,7 @@ def from_client_from_pb(message: pb.AttendRequest) -> FromClient:
                 )
             task, version, software = brief(h.task), brief(h.task_version), brief(h.software)
             manifest = manifest_from_pb(h.manifest)
-            return Hello(h.protocol_version, h.client, h.instance, task, version, manifest, h.examples, software)
+            return Hello(h.protocol_version, h.client, h.instance, task, version, manifest, h.examples, software, head_from_pb(h))
         case "status":
             s = message.status
             return Status(brief(s.assignment), _known(_PHASES_BACK, s.phase, "phase"), brief(s.reason))
@@ -246,12 +266,23 @@ def from_coordinator_to_pb(said: FromCoordinator) -> pb.AttendResponse:
     """To protobuf."""
     match said:
         case Welcome():
-            version = version_to_pb(said.version)
-            welcome = pb.Welcome(run=said.run, heartbeat_s=said.heartbeat_s, version=version, notice=said.notice)
+            welcome = pb.Welcome(
+                run=said.run,
+                heartbeat_s=said.heartbeat_s,
+                version=version_to_pb(said.version),
+                notice=said.notice,
+                history=head_to_pb(said.history),
+            )
             return pb.AttendResponse(welcome=welcome)
         case Assignment():
-            version, plan = version_to_pb(said.version), plan_to_pb(said.plan)
-            return pb.AttendResponse(assignment=pb.Assignment(id=said.id, round=said.round, version=version, plan=plan))
+            assignment = pb.Assignment(
+                id=said.id,
+                round=said.round,
+                version=version_to_pb(said.version),
+                plan=plan_to_pb(said.plan),
+                history=head_to_pb(said.history),
+            )
+            return pb.AttendResponse(assignment=assignment)
         case Cancel():
             return pb.AttendResponse(cancel=pb.Cancel(assignment=said.assignment, reason=said.reason))
         case NewVersion():
@@ -277,10 +308,10 @@ def from_coordinator_from_pb(message: pb.AttendResponse) -> FromCoordinator:
         case "welcome":
             w = message.welcome
             heartbeat_s = _seconds(w.heartbeat_s, *HEARTBEAT_S, "the pause between heartbeats")
-            return Welcome(brief(w.run), heartbeat_s, version_from_pb(w.version), brief(w.notice))
+            return Welcome(brief(w.run), heartbeat_s, version_from_pb(w.version), brief(w.notice), head_from_pb(w))
         case "assignment":
             a = message.assignment
-            return Assignment(brief(a.id), a.round, version_from_pb(a.version), plan_from_pb(a.plan))
+            return Assignment(brief(a.id), a.round, version_from_pb(a.version), plan_from_pb(a.plan), head_from_pb(a))
         case "cancel":
             return Cancel(brief(message.cancel.assignment), brief(message.cancel.reason))
         case "new_version":

@@ -13,7 +13,7 @@ import typer
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The coordinator's configuration file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")]
 _DEFAULT = Path("choral.yaml")
-_NOT_IN_IT = "not in it: keys, certificates and the configuration – copy the folder of {} yourself, without the state folder"
+_NOT_IN_IT = "not in it: certificates, their keys and the configuration – copy the folder of {} yourself, without the state folder"
 
 
 def backup(
@@ -21,7 +21,7 @@ def backup(
     config: ConfigOption = _DEFAULT,
     json: JsonOption = False,
 ) -> None:
-    """Write all runs, versions, clients and events to one file, also while the coordinator works."""
+    """Write all records and versions to one file, also while the coordinator works. It holds the history's key: keep it secret."""
     from choral_server.backups.taking import back_up
 
     _do(back_up, "backed up", file, config, json)

@@ -27,6 +27,8 @@ from choral_server.config import Enrolment, ServerConfig
 from choral_server.coordinator import Coordinator
 from choral_server.database import Database
 from choral_server.doors import Doors
+from choral_server.facts import configuration
+from choral_server.history_key import key_for
 from choral_server.lease import Lease
 from choral_server.membership import Membership, Roles
 from choral_server.records import RunRecord, RunState
@@ -164,16 +166,34 @@ async def _stored(config: ServerConfig, troubles: Troubles) -> AsyncIterator[tup
     database = await Database.open(config.database_url, troubles)
     try:
         lease = await Lease.take(database, _holder(config.state), config.lease_s)
-        store = await Store.open(database, lease)
-        try:
-            yield store, lease
-        finally:
-            with suppress(TimeoutError):  # a database that is gone keeps nobody from ending
-                async with asyncio.timeout(config.drain_s):
-                    await store.flush()
-                    await lease.give_up()
+        async with _given_up(lease, config.drain_s):
+            store = await Store.open(database, lease, await key_for(config.state, database))
+            await store.configure(configuration(config, database.name))
+            async with _flushed(store, config.drain_s):
+                yield store, lease
     finally:
         await database.close()
+
+
+@asynccontextmanager
+async def _given_up(lease: Lease, patience_s: float) -> AsyncIterator[None]:
+    """Let others have the lease at the end, also if it comes at once; a database that is gone keeps nobody from ending."""
+    try:
+        yield
+    finally:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await lease.give_up()
+
+
+@asynccontextmanager
+async def _flushed(store: Store, patience_s: float) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await store.flush()
 
 
 def _holder(folder: Path) -> str:

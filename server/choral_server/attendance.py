@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NoReturn
 
 import structlog
-from choral.errors import ConfigError, Unreachable, UpdateRefused, WrongState
+from choral.errors import ConfigError, DatabaseGone, Unreachable, UpdateRefused, WrongState
+from choral.heads import Head, is_genuine
 from choral.messages import Phase, Receipt, Status, UploadHeader, Welcome
 
 from choral_server.collection import Collection, House
+from choral_server.history import differing
 from choral_server.records import ClientRecord, EventRecord
 from choral_server.rounds import OPEN_PARTS, receipt_after
 from choral_server.run import Run
@@ -28,6 +31,8 @@ class Attendance:
         self._heartbeat_s = heartbeat_s
         self._wake = wake
         self._refused: set[tuple[str, str]] = set()
+        self._differing: set[str] = set()
+        self._comparing: set[asyncio.Task[None]] = set()
         self.collection: Collection | None = None
         self.settled = False  # whether it is known which round goes on, if any does
 
@@ -45,8 +50,34 @@ class Attendance:
         if self.collection is not None:
             self.collection.returned(session.client)
         self._wake()
+        self._compare(session)
         notice = f"this client is quarantined: {record.quarantine}; the coordinator's operator can release it"
-        return Welcome(run.record.name, self._heartbeat_s, run.version, notice if record.quarantine else "")
+        return Welcome(run.record.name, self._heartbeat_s, run.version, notice if record.quarantine else "", house.store.head)
+
+    def _compare(self, session: Session) -> None:
+        """See whether the history still has the entry that a client was handed; its welcome does not wait for that."""
+        head = session.history
+        if head is not None and head != self._house.store.head and session.client not in self._differing:
+            comparing = asyncio.create_task(self._find(session.client, head))
+            self._comparing.add(comparing)
+            comparing.add_done_callback(self._comparing.discard)
+
+    async def _find(self, client: str, head: Head) -> None:
+        """Warn, once for each client, if the history is not the one of which it was handed a head."""
+        store = self._house.store
+        try:
+            if await store.holds(head):
+                return
+        except DatabaseGone as error:
+            log.warning("history not compared", client=client, reason=str(error))
+            return
+        if not is_genuine(head):  # what nobody has signed says nothing of our history
+            log.warning("a head of the history that nobody signed", client=client, entry=head.sequence)
+            return
+        self._differing.add(client)
+        told = differing(head, store.head)
+        log.warning("history differs", client=client, reason=told)
+        await store.commit(EventRecord(self._house.clock(), "history differs", told, client=client))
 
     def left(self, session: Session, reason: str) -> None:
         """A client's session has ended."""

@@ -13,7 +13,7 @@ import structlog
 from choral.errors import UpdateRefused
 from choral.messages import Assignment, Cancel, Phase, Receipt, Status, UploadHeader, Verdict
 from choral.metrics import LOSS
-from choral.plan import Kind, Plan, seed_for
+from choral.plan import Kind, seed_for
 
 from choral_server import cohort
 from choral_server.failpoints import Transition
@@ -106,7 +106,8 @@ class Collection:
 
         Raises UpdateRefused: an accepted result is not on the disk any more, or damaged.
         """
-        self.round = resumed(self.round)
+        plan = self.run.plan_digest(self.round.kind, self.round.goal)  # the configuration may have changed meanwhile
+        self.round = replace(resumed(self.round), plan=plan)
         await self.tally.restore(part for part in self.round.parts.values() if part.state is PartState.ACCEPTED)
 
     async def collect(self) -> Round:
@@ -181,10 +182,8 @@ class Collection:
         """Tell one client what it is asked to do."""
         run, current = self.run, self.round
         seed = seed_for(run.settings.seed, current.version, part.client)
-        evaluate = current.kind is not Kind.STATISTICS and run.clients_measure
-        record = run.record
-        plan = Plan(current.kind, record.task, record.task_version, run.training, seed, evaluate, current.goal)
-        self._house.sessions.say(part.client, Assignment(part.assignment, current.number, run.version, plan))
+        plan, head = run.plan(current.kind, current.goal, seed), self._house.store.head
+        self._house.sessions.say(part.client, Assignment(part.assignment, current.number, run.version, plan, head))
 
     def _answer(self, upload: Upload, receipt: Receipt) -> None:
         if receipt.verdict is not Verdict.ACCEPTED:

@@ -248,6 +248,8 @@ class Coordinator:
             quorum=quorum,
             parts={assignment: Part(assignment, client) for assignment, client in parts.items()},
             opened_at=self._house.clock(),
+            plan=run.plan_digest(kind, min(goal, len(parts))),
+            parent=run.version.digest,
         )
         await run.open(opened)
         return self._collection(run, opened)
@@ -306,6 +308,7 @@ class Coordinator:
         self._must_not_be_over("given a round")
         if self.run.record.paused or self.run.record.state is RunState.FAILED:
             raise WrongState(f"run {self.run.record.name} is {self.run.record.state.value}; resume it first")
+        await self.run.save(others=self._noted("round asked for"))
         self._triggered = True
         self.wake()
 

@@ -57,8 +57,17 @@ class RunRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The version that another was made from."""
+
+    run: str
+    number: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class VersionRecord:
-    """A version: where it is (a path or a URL), and how good."""
+    """A version: where it is (a path or a URL), and how good. `parent` is told when it is published, and kept by the history."""
 
     run: str
     version: VersionRef
@@ -66,6 +75,7 @@ class VersionRecord:
     published_at: datetime
     test: tuple[Metric, ...] = ()
     clients: tuple[Metric, ...] = ()
+    parent: Origin | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A round: `parts` by assignment, `goal` and `quorum` in results, `duration_s` once it is over."""
+    """A round: `parts` by assignment, `goal` and `quorum` in results, `duration_s` once it is over.
+
+    `plan` is the digest of what all its clients are asked, `parent` that of the version that it starts from.
+    """
 
     run: str
     number: int
@@ -98,6 +101,8 @@ class Round:
     state: RoundState = RoundState.OPEN
     reason: str = ""
     duration_s: float = 0.0
+    plan: bytes = b""
+    parent: bytes = b""
 
     def count(self, *states: PartState) -> int:
         """How many parts are in one of these states."""

@@ -13,7 +13,7 @@ from typing import Any
 from choral.errors import ConfigError, UnknownVersion
 from choral.messages import VersionRef
 from choral.metrics import Metric, weighted_mean
-from choral.plan import Kind
+from choral.plan import Kind, Plan, digest_of
 from choral.statistics import merge_all
 from choral.task import Task
 from safetensors.numpy import load, save
@@ -27,7 +27,7 @@ from choral_server.failpoints import Transition
 from choral_server.global_model import GlobalModel
 from choral_server.offload import offload
 from choral_server.patience import patiently
-from choral_server.records import OVER, EventRecord, Record, RunRecord, RunState, VersionRecord
+from choral_server.records import OVER, EventRecord, Origin, Record, RunRecord, RunState, VersionRecord
 from choral_server.rounds import PartState, Round, published
 from choral_server.statistics_sum import StatisticsSum
 from choral_server.store import Store
@@ -87,12 +87,12 @@ class Run:
         self._put_to_clients: int | None = None  # the version that a round was opened for only to measure it
         self._changing = asyncio.Lock()
 
-    async def begin(self, now: datetime, parent: Run | None = None) -> None:
-        """Make version 0: the task's initial weights, or the newest of `parent`."""
+    async def begin(self, now: datetime, parent: Run | None = None, *others: Record) -> None:
+        """Make version 0: the task's initial weights, or the newest of `parent`; `others` are stored with it."""
         if parent is not None:
             self.model.load(await parent.checkpoints.fetch(parent.record.latest))
-        self.current = await self._write(Made(self._content(0), {}), 0, now)
-        await self._commit(lambda record: record, Transition.RUN_BEGUN, self.current)
+        self.current = await self._write(Made(self._content(0), {}), 0, now, parent.origin if parent is not None else None)
+        await self._commit(lambda record: record, Transition.RUN_BEGUN, self.current, *others)
 
     async def resume(self) -> None:
         """Go on from the newest version of an earlier process. Raises ConfigError: it is missing or of another model."""
@@ -120,6 +120,11 @@ class Run:
     def version(self) -> VersionRef:
         """The newest version, as it is announced."""
         return self.current.version
+
+    @property
+    def origin(self) -> Origin:
+        """The newest version, as what is made from it names it."""
+        return Origin(self.record.name, self.version.number, self.version.digest)
 
     @property
     def over(self) -> bool:
@@ -154,6 +159,15 @@ class Run:
             return f"{record.rounds_done} rounds completed"
         metric = self.settings.objective.metric
         return f"stopped early after {record.rounds_done} rounds: {metric} has not improved on version {progress.best}"
+
+    def plan(self, kind: Kind, goal: int, seed: int) -> Plan:
+        """What a client is asked to do in a round of this kind that is to be made of `goal` results."""
+        evaluate = kind is not Kind.STATISTICS and self.clients_measure
+        return Plan(kind, self.record.task, self.record.task_version, self.training, seed, evaluate, goal)
+
+    def plan_digest(self, kind: Kind, goal: int) -> bytes:
+        """SHA-256 of what all clients of a round are asked."""
+        return digest_of(self.plan(kind, goal, 0))
 
     def aggregate(self, kind: Kind) -> Aggregate:
         """An empty aggregate for a round of this kind."""
@@ -192,6 +206,7 @@ class Run:
         held_out = [replace(m, examples=min(m.examples, cap)) for part in accepted for m in part.held_out]
         progress, before = self._judged("clients", weighted_mean(held_out))
         done = published(closed)
+        parent = Origin(closed.run, closed.version, closed.parent)
         if aggregate is None:
             await self._commit(lambda record: replace(record, progress=progress), Transition.VERSION_PUBLISHED, before, done)
             self.current = before
@@ -207,13 +222,14 @@ class Run:
                 has_statistics=record.has_statistics or statistics,
             ),
             now,
+            parent,
             before,
             done,
         )
         return done
 
-    async def can_go_back_to(self, number: int) -> None:
-        """Return if a version is at hand. Raises UnknownVersion: it never was, or is not kept; ConfigError: it is damaged."""
+    async def can_go_back_to(self, number: int) -> VersionRef:
+        """A version that is at hand. Raises UnknownVersion: it never was, or is not kept; ConfigError: it is damaged."""
         known = await self._store.version(self.record.name, number)
         if known is None:
             raise UnknownVersion(f"run {self.record.name} has no version {number}: `choral versions list` shows those there are")
@@ -221,10 +237,11 @@ class Run:
             there = ", ".join(map(str, kept[-_NAMED:]))
             raise UnknownVersion(f"version {number} is not kept any more (run.keep_versions): the newest that are, are {there}")
         await self.checkpoints.fetch(number, known.version)
+        return known.version
 
     async def roll_back(self, number: int, now: datetime) -> None:
         """Publish the weights and the optimizer state of version `number` as the newest. Raises as `can_go_back_to`."""
-        await self.can_go_back_to(number)
+        known = await self.can_go_back_to(number)
         await self._load(number)
         new = self.record.latest + 1
         event = EventRecord(now, "rolled back", f"the model is again that of version {number}, as version {new}", self.record.name)
@@ -234,6 +251,7 @@ class Run:
             made,
             lambda record: replace(record, has_statistics=measured, progress=replace(record.progress, stale=0), back_to=None),
             now,
+            Origin(self.record.name, number, known.digest),
             event,
         )
 
@@ -262,21 +280,23 @@ class Run:
             progress = objective.judge(self.settings.objective, progress, current.version.number, metrics)
         return progress, current
 
-    async def _publish(self, made: Made, change: Callable[[RunRecord], RunRecord], now: datetime, *others: Record) -> None:
-        """Make a version the newest, with `change` of the record and what else is to be known at the same moment."""
+    async def _publish(
+        self, made: Made, change: Callable[[RunRecord], RunRecord], now: datetime, parent: Origin, *others: Record
+    ) -> None:
+        """Make a version, made from `parent`, the newest, with `change` of the record and what else is to be known then."""
         number = self.record.latest + 1
-        current = await self._write(made, number, now)
+        current = await self._write(made, number, now, parent)
         await self._commit(lambda record: replace(change(record), latest=number), Transition.VERSION_PUBLISHED, current, *others)
         self._state, self.current = made.state, current
         best = self.record.progress.best
         wanted = {number} if best is None else {number, best}
         await patiently(self._troubles, ARTIFACTS, lambda: self.checkpoints.prune(wanted, number))
 
-    async def _write(self, made: Made, number: int, now: datetime) -> VersionRecord:
+    async def _write(self, made: Made, number: int, now: datetime, parent: Origin | None) -> VersionRecord:
         """Write a version's files. Nobody knows of it yet, and until somebody does it can be written again."""
         state = save(made.state) if made.state else None
         version = await patiently(self._troubles, ARTIFACTS, lambda: self.checkpoints.write(number, made.content, state))
-        return VersionRecord(self.record.name, version, self.checkpoints.location(number), now)
+        return VersionRecord(self.record.name, version, self.checkpoints.location(number), now, parent=parent)
 
     async def _commit(self, change: Callable[[RunRecord], RunRecord], at: Transition, *others: Record) -> None:
         """Store a change of the record, as it is at this moment, together with other records."""
@@ -347,18 +367,20 @@ class Runs:
     async def further(self, now: datetime, rounds: int, parent: Run | None) -> Run:
         """A new run with the next free number behind its name: `rounds` (0: as configured), from the model of `parent` if given."""
         record = RunRecord(self._newest()[0], self._task.name, self._task.version, rounds or self._config.run.rounds, now)
+        told = f"{record.rounds_planned} rounds"
         if parent is not None:
+            told += f", from version {parent.record.latest} of {parent.record.name}"
             record = replace(record, has_statistics=parent.record.has_statistics)
-        return await self._begin(record, parent)
+        return await self._begin(record, parent, EventRecord(now, "run started", told, record.name))
 
-    async def _begin(self, record: RunRecord, parent: Run | None = None) -> Run:
+    async def _begin(self, record: RunRecord, parent: Run | None = None, *others: Record) -> Run:
         run = self._make(record)
         if (newest := max(await run.checkpoints.numbers(), default=0)) > 0:  # a crash at the beginning may leave version 0
             raise ConfigError(
                 f"run {record.name}: {run.checkpoints.location(newest)} is there, and the database knows no such run: "
                 "restore a backup, give the database that belongs to these versions, or give run.name another value"
             )
-        await run.begin(record.started_at, parent)
+        await run.begin(record.started_at, parent, *others)
         return run
 
     def _make(self, record: RunRecord) -> Run:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass, field
 
 from choral.errors import InvalidMessage, ManifestMismatch, NameTaken, TaskMismatch
+from choral.heads import Head
 from choral.manifest import Manifest, first_difference
 from choral.messages import FromCoordinator, Hello
 from choral.names import ALLOWED, is_name
@@ -17,6 +18,7 @@ class Session:
     """One client's open stream. What is said to the client waits in `outbox`; None closes the stream.
 
     Of a client that does not read, no more than `unread` messages wait: then `stop` is called, and `fault` says why.
+    `history` is the newest head that the client was handed before.
     """
 
     client: str
@@ -27,6 +29,7 @@ class Session:
     unread: int
     stop: Callable[[], object] = lambda: None
     fault: str = ""
+    history: Head | None = None
     outbox: asyncio.Queue[FromCoordinator | None] = field(default_factory=asyncio.Queue)
 
     def say(self, message: FromCoordinator) -> None:
@@ -74,7 +77,8 @@ class Sessions:
             raise NameTaken(f"a client named {hello.client} attends already, from {before.address}: give this one another name")
         if before is not None:
             before.close()
-        session = Session(hello.client, hello.instance, hello.examples, hello.software, address, unread)
+        known = hello.history
+        session = Session(hello.client, hello.instance, hello.examples, hello.software, address, unread, history=known)
         self._open[hello.client] = session
         self._seen.add(hello.client)
         self._any_seen.set()

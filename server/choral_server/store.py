@@ -9,16 +9,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
+from choral.heads import Head
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Table, bindparam
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import Insert
 
 from choral_server import failpoints
 from choral_server.database import Database
+from choral_server.facts import CONFIGURATION, configuration_facts, found_before, told_by
 from choral_server.failpoints import Transition
+from choral_server.history import Entry, Facts, History, Telling
 from choral_server.lease import Lease
 from choral_server.records import ClientRecord, EventRecord, MemberRecord, Record, RunRecord, TokenRecord, Told, VersionRecord
 from choral_server.rounds import ENDED, Part, Round, RoundState, as_kept
@@ -26,6 +31,7 @@ from choral_server.tables import (
     ASSIGNMENTS,
     CLIENTS,
     EVENTS,
+    HISTORY,
     INSERT,
     MEMBERS,
     ROUNDS,
@@ -36,6 +42,8 @@ from choral_server.tables import (
     Words,
     client_from_row,
     client_to_row,
+    entry_from_row,
+    entry_to_row,
     event_from_row,
     event_to_row,
     member_from_row,
@@ -53,8 +61,9 @@ from choral_server.tables import (
 )
 
 RoundKey = tuple[str, int]
+_LATELY = 1000  # entries of the history whose digests are at hand
 _UNREAD = 10_000  # states that a slow watcher may be behind; older ones are dropped
-_WRITTEN = (RUNS, ROUNDS, ASSIGNMENTS, VERSIONS, CLIENTS, MEMBERS, TOKENS, EVENTS)  # in this order, for what refers to what
+_WRITTEN = (RUNS, ROUNDS, ASSIGNMENTS, VERSIONS, CLIENTS, MEMBERS, TOKENS, EVENTS, HISTORY)  # in order: what refers, and to what
 
 _RUN = bindparam("of_run", type_=Words)
 _LIMIT = bindparam("at_most", type_=sa.BigInteger)
@@ -71,6 +80,10 @@ _PART = sa.select(ASSIGNMENTS).where(ASSIGNMENTS.c.assignment == bindparam("id")
 _VERSIONS = sa.select(VERSIONS).where(VERSIONS.c.run == _RUN).order_by(VERSIONS.c.number.desc()).limit(_LIMIT)
 _VERSION = sa.select(VERSIONS).where(VERSIONS.c.run == _RUN, VERSIONS.c.number == _NUMBER)
 _EVENTS = sa.select(EVENTS).order_by(EVENTS.c.sequence.desc()).limit(_LIMIT)
+_ENTRY = sa.select(HISTORY.c.digest).where(HISTORY.c.sequence == _NUMBER)
+_NEWEST = sa.select(HISTORY).order_by(HISTORY.c.sequence.desc()).limit(1)
+_OF_WHAT = _NEWEST.where(HISTORY.c.what == bindparam("of_what", type_=Words))
+_LAST_EVENT = sa.select(sa.func.max(EVENTS.c.sequence))
 _OF_CLIENT = EVENTS.c.client == bindparam("of_client")
 
 
@@ -81,6 +94,7 @@ class _Batch:
     rows: dict[Table, list[Row]] = field(default_factory=dict)
     rounds: dict[RoundKey, _KeptRound] = field(default_factory=dict)
     clients: dict[str, ClientRecord] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
 
     def add(self, table: Table, row: Row) -> None:
         self.rows.setdefault(table, []).append(row)
@@ -106,8 +120,10 @@ class Store:
         lease: Lease,
         runs: Iterable[RunRecord],
         clients: Iterable[ClientRecord],
-        members: Iterable[MemberRecord] = (),
-        tokens: Iterable[TokenRecord] = (),
+        members: Iterable[MemberRecord],
+        tokens: Iterable[TokenRecord],
+        history: History,
+        clock: Callable[[], datetime],
     ) -> None:
         self.runs = {run.name: run for run in runs}
         self.clients = {client.name: client for client in clients}
@@ -117,6 +133,10 @@ class Store:
         self._lease = lease
         self._upserts = {table: _upsert(INSERT[database.dialect], table) for table in _WRITTEN}
         self._places = {name: place for place, name in enumerate(self.runs)}
+        self._history = history
+        self._clock = clock
+        self._in_doubt = False  # whether the database may have entries that we do not know to be stored
+        self._lately: dict[int, bytes] = {}
         self._turn = asyncio.Lock()
         self._unwritten: dict[str, ClientRecord] = {}
         self._written: dict[RoundKey, _KeptRound] = {}
@@ -124,16 +144,21 @@ class Store:
         self._watchers: set[_Watcher] = set()
 
     @classmethod
-    async def open(cls, database: Database, lease: Lease) -> Store:
-        """The store with what earlier processes left. Raises DatabaseGone."""
+    async def open(
+        cls, database: Database, lease: Lease, key: Ed25519PrivateKey, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> Store:
+        """The store with what earlier processes left; `key` signs the history. Raises DatabaseGone."""
 
         async def work(connection: AsyncConnection) -> Store:
             runs = await _fetch(connection, sa.select(RUNS).order_by(RUNS.c.place))
             clients = await _fetch(connection, sa.select(CLIENTS).order_by(CLIENTS.c.name))
             members = await _fetch(connection, sa.select(MEMBERS).order_by(MEMBERS.c.name))
             tokens = await _fetch(connection, sa.select(TOKENS))
-            known = map(run_from_row, runs), map(client_from_row, clients)
-            return cls(database, lease, *known, map(member_from_row, members), map(token_from_row, tokens))
+            last_event = await connection.scalar(_LAST_EVENT)
+            records = [run_from_row(row) for row in runs]
+            history = History(key, await _newest_head(connection, key), found_before(records, last_event))
+            known = map(client_from_row, clients), map(member_from_row, members), map(token_from_row, tokens)
+            return cls(database, lease, records, *known, history, clock)
 
         return await database.read(work)
 
@@ -146,13 +171,12 @@ class Store:
         """
         async with self._turn:
             seen = dict(self.clients)
-            batch = self._batch({_key(record): record for record in (*self._unwritten.values(), *records)}.values())
+            written = {_key(record): record for record in (*self._unwritten.values(), *records)}.values()
+            batch = self._batch(written)
+            await self._add_entries(batch, told_by(written, self.runs))
 
             async def work(connection: AsyncConnection) -> None:
-                await self._lease.hold(connection)
-                for table in _WRITTEN:
-                    if rows := batch.rows.get(table):
-                        await connection.execute(self._upserts[table], rows)
+                await self._write(connection, batch)
                 if at is not None:
                     failpoints.reach(at.before)
 
@@ -164,6 +188,48 @@ class Store:
                     self.tell(_since(record, seen, self.clients) if isinstance(record, ClientRecord) else record)
 
             await self._database.write(work, then)
+
+    async def configure(self, values: Mapping[str, Any]) -> None:
+        """Let the history tell the configuration, by key, and what of it changed, if anything did. Raises LeaseLost."""
+        newest = next(map(entry_from_row, await self._rows(_OF_WHAT, {"of_what": CONFIGURATION})), None)
+        if (told := configuration_facts(newest.content if newest is not None else None, values)) is None:
+            return
+        await self._enter(CONFIGURATION, told)
+
+    async def replace_key(self) -> None:
+        """Let the history tell that another key signs from here on: this store's. Raises LeaseLost."""
+        await self._enter(*self._history.new_key)
+
+    async def _enter(self, what: str, facts: Facts) -> None:
+        """Write an entry of the history that tells of no record."""
+        async with self._turn:
+            batch = _Batch()
+            await self._add_entries(batch, [(what, facts)])
+            await self._database.write(lambda connection: self._write(connection, batch), lambda: self._settle(batch))
+
+    @property
+    def head(self) -> Head | None:
+        """Where the history stands."""
+        return self._history.head
+
+    async def holds(self, head: Head) -> bool:
+        """Whether the history has that entry. Raises DatabaseGone."""
+        if (digest := self._lately.get(head.sequence)) is None:
+            digest = next((row["digest"] for row in await self._rows(_ENTRY, {"number": head.sequence})), None)
+        return digest == head.digest
+
+    async def _add_entries(self, batch: _Batch, tellings: Iterable[Telling]) -> None:
+        """Add the entries of the history that tell what is written; waits as long as it is in doubt what the newest one is."""
+        told = list(tellings)
+        if not told:
+            return
+        if self._in_doubt:
+            key = self._history.key
+            self._history.head = await self._database.write(lambda connection: _newest_head(connection, key))
+        self._in_doubt = True
+        batch.entries = self._history.next(self._clock(), told)
+        for entry in batch.entries:
+            batch.add(HISTORY, entry_to_row(entry))
 
     def tell(self, *records: Record) -> None:
         """Let readers and watchers know the records, which are not written."""
@@ -193,6 +259,12 @@ class Store:
         """Write what `later` has left. Raises LeaseLost."""
         if self._unwritten:
             await self.commit()
+
+    async def _write(self, connection: AsyncConnection, batch: _Batch) -> None:
+        await self._lease.hold(connection)
+        for table in _WRITTEN:
+            if rows := batch.rows.get(table):
+                await connection.execute(self._upserts[table], rows)
 
     def _batch(self, records: Iterable[Record]) -> _Batch:
         batch = _Batch()
@@ -232,6 +304,12 @@ class Store:
 
     def _settle(self, batch: _Batch) -> None:
         """Note what has been written."""
+        if batch.entries:
+            self._in_doubt = False
+            self._history.appended(batch.entries)
+            self._lately.update((entry.sequence, entry.digest) for entry in batch.entries)
+            while len(self._lately) > _LATELY:
+                del self._lately[next(iter(self._lately))]
         for key, kept in batch.rounds.items():
             self._written[key] = kept
             if RoundState(kept.row["state"]) in ENDED:
@@ -349,6 +427,16 @@ class _Watcher:
         return list(unread.values())
 
 
+async def newest_entry(connection: AsyncConnection) -> Entry | None:
+    """Where the history stands; None: there is no entry."""
+    return next(map(entry_from_row, await _fetch(connection, _NEWEST)), None)
+
+
+async def _newest_head(connection: AsyncConnection, key: Ed25519PrivateKey) -> Head | None:
+    newest = await newest_entry(connection)
+    return newest.head(key.public_key().public_bytes_raw()) if newest is not None else None
+
+
 async def _fetch(connection: AsyncConnection, query: sa.Select[Any], wanted: Row | None = None) -> list[Row]:
     return [row._asdict() for row in await connection.execute(query, wanted)]
 
@@ -383,10 +471,12 @@ def _merged(committed: ClientRecord, told: ClientRecord) -> ClientRecord:
 
 
 def _upsert(insert: Callable[[Table], Any], table: Table) -> Insert:
-    """Insert rows, each in place of that with the same key; an event that is there stays as it is."""
+    """Insert rows, each in place of that with the same key; an event, or an entry of the history, that is there stays as it is."""
     statement = insert(table)
     if table is EVENTS:
         return statement.on_conflict_do_nothing(index_elements=[EVENTS.c.id])  # type: ignore[no-any-return]
+    if table is HISTORY:
+        return statement.on_conflict_do_nothing()  # type: ignore[no-any-return]
     keys = list(table.primary_key)
     changes = {column.name: statement.excluded[column.name] for column in table.c if column not in keys}
     return statement.on_conflict_do_update(index_elements=keys, set_=changes)  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
 from choral_server.caller import Role
+from choral_server.history import Entry
 from choral_server.objective import Progress
 from choral_server.records import ClientRecord, EventRecord, MemberRecord, RunRecord, RunState, TokenRecord, VersionRecord
 from choral_server.rounds import Part, PartState, Round, RoundState
@@ -24,6 +25,13 @@ from choral_server.rounds import Part, PartState, Round, RoundState
 Row = dict[str, Any]
 INSERT: Mapping[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 """by dialect, the insert that knows ON CONFLICT"""
+
+
+def storable(text: str) -> str:
+    """A text as every database can hold it."""
+    if text.isascii() and "\0" not in text:
+        return text
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
 class Words(TypeDecorator[str]):
@@ -34,9 +42,7 @@ class Words(TypeDecorator[str]):
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         """As it is stored."""
-        if value is None or (value.isascii() and "\0" not in value):
-            return value
-        return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+        return storable(value) if value is not None else None
 
 
 class Moment(TypeDecorator[datetime]):
@@ -121,6 +127,8 @@ ROUNDS = Table(
     Column("state", Words, nullable=False),
     Column("reason", Words, nullable=False),
     Column("duration_s", sa.Double, nullable=False),
+    Column("plan", sa.LargeBinary, nullable=False, server_default=""),
+    Column("parent", sa.LargeBinary, nullable=False, server_default=""),
 )
 
 ASSIGNMENTS = Table(
@@ -210,6 +218,18 @@ TOKENS = Table(
     Column("void", sa.Boolean, nullable=False),
 )
 
+HISTORY = Table(
+    "history",
+    METADATA,
+    Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
+    Column("at", Moment, nullable=False),
+    Column("what", Words, nullable=False),
+    Column("facts", Words, nullable=False),
+    Column("before", sa.LargeBinary, nullable=False),
+    Column("digest", sa.LargeBinary, nullable=False),
+    Column("signature", sa.LargeBinary, nullable=False),
+)
+
 LEASES = Table(
     "leases",
     METADATA,
@@ -267,6 +287,8 @@ def round_to_row(record: Round) -> Row:
         "state": record.state.value,
         "reason": record.reason,
         "duration_s": record.duration_s,
+        "plan": record.plan,
+        "parent": record.parent,
     }
 
 
@@ -397,3 +419,21 @@ def token_to_row(record: TokenRecord) -> Row:
 def token_from_row(row: Row) -> TokenRecord:
     """The token that was stored."""
     return TokenRecord(**dict(row) | {"role": Role(row["role"])})
+
+
+def entry_to_row(entry: Entry) -> Row:
+    """An entry of the history."""
+    return {
+        "sequence": entry.sequence,
+        "at": entry.at,
+        "what": entry.what,
+        "facts": entry.facts,
+        "before": entry.before,
+        "digest": entry.digest,
+        "signature": entry.signature,
+    }
+
+
+def entry_from_row(row: Row) -> Entry:
+    """The entry that was stored."""
+    return Entry(**row)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import hashlib
 import math
+from dataclasses import replace
 
 import pytest
-from choral.plan import Training, seed_for
+from choral.plan import Kind, Plan, Training, digest_of, seed_for
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -53,3 +55,15 @@ def test_training_refuses_what_cannot_work(field: str, value: object) -> None:
 
 def test_training_allows_a_round_without_training() -> None:
     assert Training(epochs=0).epochs == 0
+
+
+def test_the_digest_of_a_plan_says_what_all_are_asked_alike() -> None:
+    plan = Plan(Kind.TRAINING, "small", "1", Training(epochs=2, batch_size=4, learning_rate=0.1), 7, True, cohort=3)
+    text = (
+        b'choral plan 1{"cohort":3,"evaluate":true,"kind":"training","task":"small","task_version":"1",'
+        b'"training":{"batch_size":4,"epochs":2,"learning_rate":0.1}}'
+    )
+    assert digest_of(plan) == hashlib.sha256(text).digest()
+    assert digest_of(replace(plan, seed=8)) == digest_of(plan)
+    others = [replace(plan, kind=Kind.EVALUATION), replace(plan, evaluate=False), replace(plan, training=Training(epochs=1))]
+    assert len({digest_of(plan), digest_of(replace(plan, cohort=4)), *map(digest_of, others)}) == 5

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from choral import wire
 from choral.errors import CorruptTransfer, InvalidMessage, ProtocolMismatch
+from choral.heads import Head
 from choral.manifest import Entry, EntryKind, Manifest
 from choral.messages import (
     Assignment,
@@ -46,6 +47,13 @@ ENTRIES = st.builds(
 )
 MANIFESTS = st.builds(Manifest, st.lists(ENTRIES, max_size=4).map(tuple))
 VERSIONS = st.builds(VersionRef, number=COUNT, digest=st.binary(min_size=32, max_size=32), size_bytes=COUNT)
+HEADS = st.none() | st.builds(
+    Head,
+    sequence=st.integers(1, 2**63 - 1),
+    digest=st.binary(min_size=32, max_size=32),
+    signature=st.binary(min_size=64, max_size=64),
+    key=st.binary(min_size=32, max_size=32),
+)
 METRICS = st.lists(st.builds(Metric, name=TEXT, value=NUMBER, examples=INT64), max_size=3).map(tuple)
 TRAININGS = st.builds(
     Training,
@@ -73,6 +81,7 @@ HELLOS = st.builds(
     manifest=MANIFESTS,
     examples=INT64,
     software=TEXT,
+    history=HEADS,
 )
 FROM_CLIENT = {
     "hello": HELLOS,
@@ -80,8 +89,8 @@ FROM_CLIENT = {
     "heartbeat": st.just(Heartbeat()),
 }
 FROM_COORDINATOR = {
-    "welcome": st.builds(Welcome, run=TEXT, heartbeat_s=st.floats(0.1, 3600.0), version=VERSIONS),
-    "assignment": st.builds(Assignment, id=TEXT, round=COUNT, version=VERSIONS, plan=PLANS),
+    "welcome": st.builds(Welcome, run=TEXT, heartbeat_s=st.floats(0.1, 3600.0), version=VERSIONS, history=HEADS),
+    "assignment": st.builds(Assignment, id=TEXT, round=COUNT, version=VERSIONS, plan=PLANS, history=HEADS),
     "cancel": st.builds(Cancel, assignment=TEXT, reason=TEXT),
     "new_version": st.builds(NewVersion, version=VERSIONS),
     "come_back": st.builds(ComeBack, after_s=st.none() | st.floats(0.0, 86_400.0), reason=TEXT),
@@ -160,6 +169,17 @@ def test_never_and_at_once_are_told_apart() -> None:
 def test_an_undefined_metric_arrives_as_such() -> None:
     (metric,) = wire.metrics_from_pb(wire.metrics_to_pb([Metric("loss", math.nan, 3)]))
     assert math.isnan(metric.value)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sequence": 0}, {"sequence": -1}, {"digest": bytes(31)}, {"signature": b""}, {"key": bytes(33)}]
+)
+def test_a_head_that_can_be_none_is_refused(wrong: dict[str, Any]) -> None:
+    head = pb.Head(**{"sequence": 1, "digest": bytes(32), "signature": bytes(64), "key": bytes(32)} | wrong)
+    with pytest.raises(InvalidMessage, match="a head of the history that is not allowed: "):
+        wire.from_coordinator_from_pb(pb.AttendResponse(welcome=pb.Welcome(history=head)))
+    with pytest.raises(InvalidMessage, match="a head of the history that is not allowed: "):
+        wire.from_client_from_pb(pb.AttendRequest(hello=pb.Hello(protocol_version=1, history=head)))
 
 
 # What another release may send

@@ -15,7 +15,7 @@ from e2e.zygote import Zygote
 from server.databases import Postgres
 
 ROUNDS = 30
-LAST_LINE = "not in it: keys, certificates and the configuration – copy the folder of {} yourself, without the state folder\n"
+LAST_LINE = "not in it: certificates, their keys and the configuration – copy the folder of {} yourself, without the state folder\n"
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,7 @@ def test_killed_at(death: str, quick: Federation, database: str | None, calm: di
     assert [client.code() for client in clients] == [0, 0]
     assert exact.outcome(quick) == calm
     counted(quick, database)
+    told(quick)
     for process in (doomed, again, *clients):
         assert "Traceback" not in process.stderr
 
@@ -73,6 +74,13 @@ def counted(federation: Federation, database: str | None) -> None:
     rounds, accepted = asyncio.run(read(url))
     assert rounds == [("statistics", "done"), *[("training", "done")] * ROUNDS]
     assert accepted == [(name, ROUNDS + 1) for name in exact.CLIENTS]
+
+
+def told(federation: Federation) -> None:
+    """The history is whole, agrees with the records, and holds all that the clients were handed."""
+    heads = [part for name in exact.CLIENTS for part in ("--head", federation.folder / name / "client" / "heads.jsonl")]
+    verified = federation.command("audit", "verify", *heads, "-c", federation.config)
+    assert verified.code() == 0, verified.stdout
 
 
 async def read(url: str) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:

@@ -58,6 +58,9 @@ def test_an_operator_steers_a_run(federation: Federation) -> None:
     first = federation.versions.parent.parent / "run-2" / "versions" / "000000.safetensors"
     assert tensors(first.read_bytes()) == tensors(federation.latest)
 
+    noted = [row["what"] for name in ("run", "run-2") for row in reversed(federation.rows("events", "--run", name))]
+    assert noted == ["run paused", "run resumed", "round asked for", "run stopped", "run started"]
+
     watcher.said("RUN_STATE_FINISHED")
     watcher.popen.send_signal(signal.SIGINT)
     assert watcher.code() == 130

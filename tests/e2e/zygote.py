@@ -40,7 +40,9 @@ class Zygote:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+            tests = str(Path(__file__).resolve().parent.parent)
+            paths = os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))  # a worktree's, before what is installed
+            environment = os.environ | {"PYTHONPATH": paths}
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "e2e.zygote", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],

@@ -16,6 +16,7 @@ from choral_server.artifacts import Artifacts, FolderArtifacts
 from choral_server.checkpoints import Checkpoints
 from choral_server.config import ServerConfig
 from choral_server.database import Database
+from choral_server.history_key import key_for
 from choral_server.lease import Lease
 from choral_server.run import Run, Runs
 from choral_server.store import Store
@@ -46,7 +47,8 @@ class Home:
     async def start(self) -> None:
         self.troubles = Troubles()
         self.database = await Database.open(f"sqlite:///{self.folder / 'choral.db'}", self.troubles)
-        self.store = await Store.open(self.database, await Lease.take(self.database, "here", 3600.0))
+        lease = await Lease.take(self.database, "here", 3600.0)
+        self.store = await Store.open(self.database, lease, await key_for(self.folder, self.database))
 
     async def end(self) -> None:
         await self.database.close()

@@ -23,6 +23,7 @@ from choral.task import Task
 from choral_server.aggregate import WeightedSum
 from choral_server.artifacts import open_artifacts
 from choral_server.database import Database
+from choral_server.history_key import key_for
 from choral_server.lease import Lease
 from choral_server.objective import Progress
 from choral_server.records import RunRecord, RunState
@@ -317,7 +318,7 @@ async def test_nothing_is_published_that_could_not_be_stored(home: Home) -> None
         with pytest.raises(LeaseLost):
             await run.settle(round, summed(run, home.folder, [([1.0, 1.0, 1.0], 1)]), NOON)
         assert (run.record, run.version) == (opened, version)
-        other = await Store.open(rival, await Lease.take(rival, "here", 3600.0))
+        other = await Store.open(rival, await Lease.take(rival, "here", 3600.0), await key_for(home.folder, rival))
         assert other.runs["run"] == opened
         assert [record.version for record in await other.versions("run", 9)] == [version]
     finally:

@@ -25,9 +25,11 @@ from choral_server.rounds import Part, PartState, Round, RoundState
 from choral_server.store import Store
 from choral_server.tables import ASSIGNMENTS
 from choral_server.troubles import Troubles
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from server.databases import Postgres
 
 NOON = datetime(2025, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 RUN = RunRecord("run", "boston_housing", "1", 100, NOON)
 ALICE = ClientRecord("alice", True, 202, "0.1.0", "10.0.0.7:40000", NOON)
 MEASURED = (
@@ -64,7 +66,7 @@ async def _opened(url: str, troubles: Troubles | None = None) -> AsyncIterator[S
     """The store, as a coordinator that starts finds it."""
     database = await Database.open(url, troubles or Troubles())
     try:
-        yield await Store.open(database, await Lease.take(database, "here", 3600.0))
+        yield await Store.open(database, await Lease.take(database, "here", 3600.0), KEY, lambda: NOON)
     finally:
         await database.close()
 

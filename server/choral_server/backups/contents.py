@@ -5,9 +5,10 @@ A tar of
     backup.json            what this is: format, release, schema, when, of which database
     runs/RUN/versions/…    the checkpoint files as the artifact store has them, the newest and the best of each run first
     tables/TABLE.jsonl     the rows, all of one moment, a JSON object a line
+    history.key            the key that signs the history, without which it cannot go on: it makes the file a secret
     contents.json          size and SHA-256 of every file above; one that is not named here does not count
 
-Keys, certificates and the configuration are not in it.
+Other keys, certificates and the configuration are not in it.
 """
 
 from __future__ import annotations

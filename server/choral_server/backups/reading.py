@@ -14,8 +14,10 @@ from typing import IO, Any
 
 from choral import __version__
 from choral.errors import ConfigError
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Table
 
+from choral_server import history_key
 from choral_server.backups.contents import (
     ABOUT,
     CONTENTS,
@@ -78,6 +80,14 @@ class Backup:
                     batch = []
         if batch:
             yield batch
+
+    @property
+    def history_key(self) -> Ed25519PrivateKey | None:
+        """The key that signs the history, if it is there. Raises TrustError: it is none."""
+        if history_key.NAME not in self.files:
+            return None
+        with self._reading(), self._member(history_key.NAME) as content:
+            return history_key.parsed(content.read(), f"{history_key.NAME} in {self.path}")
 
     def content(self, name: str) -> bytes:
         """A file."""

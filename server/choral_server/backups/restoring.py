@@ -14,9 +14,11 @@ from pathlib import Path
 
 import sqlalchemy as sa
 from choral.errors import ConfigError, LeaseLost
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from choral_server import history_key
 from choral_server.artifacts import Artifacts, open_artifacts
 from choral_server.backups.contents import (
     TABLES,
@@ -32,18 +34,23 @@ from choral_server.backups.reading import Backup
 from choral_server.checkpoints import BEST, LATEST, Checkpoints
 from choral_server.config import ServerConfig
 from choral_server.database import Database
+from choral_server.facts import told_by
+from choral_server.history import History
 from choral_server.lease import Lease
-from choral_server.records import EventRecord, RunState
+from choral_server.records import EventRecord, Record, RunState
 from choral_server.rounds import ENDED, Round, RoundState, discarded
 from choral_server.standing import consequences
 from choral_server.state_folder import locked
+from choral_server.store import newest_entry
 from choral_server.tables import (
     ASSIGNMENTS,
     EVENTS,
+    HISTORY,
     ROUNDS,
     RUNS,
     VERSIONS,
     Row,
+    entry_to_row,
     event_to_row,
     part_from_row,
     part_to_row,
@@ -71,13 +78,28 @@ async def restore(config: ServerConfig, file: Path, now: datetime, progress: Pro
         database = await Database.open(config.database_url, Troubles())
         try:
             async with _leased(database, config.lease_s) as lease:
-                restoration = _Restoration(backup, database, artifacts, config.state, now)
+                key = _history_key(backup, config.state)
+                restoration = _Restoration(backup, database, artifacts, config.state, now, key)
                 await restoration.write_versions()
+                history_key.keep(config.state, key)  # to stay, before a row that it signed is
                 await restoration.write_rows(lease)
                 restoration.point()
         finally:
             await database.close()
         return restoration.summary
+
+
+def _history_key(backup: Backup, state: Path) -> Ed25519PrivateKey:
+    """The key with which the history goes on. Raises ConfigError: another one is in the state folder."""
+    saved, there = backup.history_key, history_key.found(state)
+    if saved is None:
+        return there if there is not None else Ed25519PrivateKey.generate()
+    if there is not None and history_key.public_part(there) != history_key.public_part(saved):
+        raise ConfigError(
+            f"{history_key.path_of(state)} is there already and another key than the one in the backup, which signed its history: "
+            "move it away, or give another state folder"
+        )
+    return saved
 
 
 async def _refuse_if_used(config: ServerConfig) -> None:
@@ -91,7 +113,7 @@ async def _refuse_if_used(config: ServerConfig) -> None:
 
 async def _must_be_empty(connection: AsyncConnection, name: str) -> None:
     there = await connection.run_sync(lambda sync: set(sa.inspect(sync).get_table_names()))
-    for table in TABLES:
+    for table in (RUNS, *TABLES):  # what says most to people first
         if table.name not in there:
             continue
         if count := await connection.scalar(sa.select(sa.func.count()).select_from(table)):
@@ -104,15 +126,18 @@ async def _must_be_empty(connection: AsyncConnection, name: str) -> None:
 class _Restoration:
     """One restoration, in three steps."""
 
-    def __init__(self, backup: Backup, database: Database, artifacts: Artifacts, state: Path, now: datetime) -> None:
+    def __init__(
+        self, backup: Backup, database: Database, artifacts: Artifacts, state: Path, now: datetime, key: Ed25519PrivateKey
+    ) -> None:
         self._backup = backup
         self._database = database
         self._artifacts = artifacts
         self._now = now
+        self._key = key
         self._checkpoints = {run["name"]: Checkpoints(artifacts, state, run["name"]) for run in backup.runs}
         told = f"from the backup of {backup.taken_at:%Y-%m-%d %H:%M:%S %Z}"
         self._events = [EventRecord(now, "run restored", told, run["name"]) for run in backup.runs]
-        self._abandoned: list[str] = []
+        self._notes: list[str] = []
         self._size_bytes = 0
 
     @property
@@ -120,7 +145,7 @@ class _Restoration:
         """What was restored."""
         backup = self._backup
         counts = len(backup.runs), len(backup.versions), self._size_bytes
-        return Summary(backup.path, backup.taken_at, *counts, tuple(self._abandoned))
+        return Summary(backup.path, backup.taken_at, *counts, tuple(self._notes))
 
     async def write_versions(self) -> None:
         """Put the versions into the store. Raises ConfigError, before anything is written: something else is in their place."""
@@ -189,12 +214,25 @@ class _Restoration:
                 await connection.execute(sa.insert(table), [self._adapted(table, row) for row in rows])
         if connection.dialect.name == "postgresql":
             await _go_on_counting(connection)
-        events, self._abandoned = [*self._events], []
-        for given_up in unfinished.given_up():
+        events, self._notes = [*self._events], []
+        rounds = list(unfinished.given_up())
+        for given_up in rounds:
             await _update(connection, given_up, unfinished.places)
             events += [event for event in consequences(given_up, (), {}, None, self._now) if isinstance(event, EventRecord)]
-            self._abandoned.append(f"run {given_up.run}: round {given_up.number} was under way and is abandoned")
+            self._notes.append(f"run {given_up.run}: round {given_up.number} was under way and is abandoned")
         await connection.execute(sa.insert(EVENTS), [event_to_row(event) for event in events])
+        await self._tell(connection, *rounds, *events)
+
+    async def _tell(self, connection: AsyncConnection, *records: Record) -> None:
+        """Let the history go on with what was done here, and with a new key first, if its own is lost."""
+        newest = await newest_entry(connection)
+        history, told = History(self._key), list(told_by(records, {}))
+        if newest is not None:
+            history.head = newest.head(history_key.public_part(self._key))
+            if not history_key.fits(self._key, newest):
+                told.insert(0, history.new_key)
+                self._notes.append("the key of the history is not in the backup: it goes on with a new one, and clients will warn")
+        await connection.execute(sa.insert(HISTORY), [entry_to_row(entry) for entry in history.next(self._now, told)])
 
     def _adapted(self, table: Table, row: Row) -> Row:
         """The row as it is true here and now."""

@@ -23,6 +23,7 @@ from choral.errors import ConfigError, OutOfSpace, UnknownArtifact
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from choral_server import history_key
 from choral_server.artifacts import Artifacts, open_artifacts
 from choral_server.backups.contents import (
     ABOUT,
@@ -70,7 +71,7 @@ async def back_up(config: ServerConfig, file: Path, now: datetime, progress: Pro
         artifacts = await open_artifacts(config.artifacts, config.state)
         for _ in range(_ATTEMPTS):
             with suppress(_Overtaken):
-                return await _Taking(database, artifacts, file, now, progress).take()
+                return await _Taking(database, artifacts, config.state, file, now, progress).take()
     finally:
         await database.close()
     raise ConfigError(
@@ -89,9 +90,12 @@ def _check_target(file: Path) -> None:
 class _Taking:
     """One attempt at a backup."""
 
-    def __init__(self, database: Database, artifacts: Artifacts, file: Path, now: datetime, progress: Progress) -> None:
+    def __init__(
+        self, database: Database, artifacts: Artifacts, state: Path, file: Path, now: datetime, progress: Progress
+    ) -> None:
         self._database = database
         self._artifacts = artifacts
+        self._state = state
         self._file = file
         self._now = now
         self._progress = progress
@@ -119,6 +123,10 @@ class _Taking:
             versions = await self._add_versions(tar, rows)
             for table, content in rows.items():
                 await self._add(tar, rows_name(table), content)
+            if (key := history_key.found(self._state)) is not None:
+                await self._add(tar, history_key.NAME, io.BytesIO(history_key.written(key)))
+            else:
+                self._notes.append(f"the key of the history is not in it: {history_key.path_of(self._state)} does not exist")
             await self._add(tar, CONTENTS, _json_file({"files": self._contents, "notes": self._notes}))
             tar.close()
             size_bytes = aside.tell()
