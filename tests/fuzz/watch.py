@@ -30,17 +30,17 @@ from typing import Any, NoReturn
 REPOSITORY = Path(__file__).resolve().parents[2]
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _FORBIDDEN = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"}
-_PATHS = {  # event -> which of its arguments are paths that it changes
-    "os.mkdir": (0,),
-    "os.rmdir": (0,),
-    "os.remove": (0,),
-    "os.rename": (0, 1),
-    "os.link": (0, 1),
-    "os.symlink": (1,),
-    "os.truncate": (0,),
-    "os.chmod": (0,),
-    "shutil.rmtree": (0,),
-    "sqlite3.connect": (0,),
+_PATHS = {  # event -> which of its arguments are paths that it changes, each with the argument that says of which folder
+    "os.mkdir": ((0, 2),),
+    "os.rmdir": ((0, 1),),
+    "os.remove": ((0, 1),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.link": ((0, 2), (1, 3)),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.chmod": ((0, 2),),
+    "shutil.rmtree": ((0, None),),
+    "sqlite3.connect": ((0, None),),
 }
 # Python's own files, this repository's and the time zones are read whenever something is imported or looked up.
 _READABLE = tuple(
@@ -79,8 +79,8 @@ class _Hook:
         if event == "open":
             self._opened(*args)
         elif event in _PATHS:
-            for place in _PATHS[event]:
-                self._changed(event, args[place])
+            for place, of in _PATHS[event]:
+                self._changed(event, _full(args[place], args[of] if of is not None else -1))
         elif event in _FORBIDDEN:
             self.refuse(f"{event} {args[:2]}")
 
@@ -104,12 +104,20 @@ class _Hook:
             return True
         finally:
             self._own.busy = False
+        if real == ":memory:":
+            return True
         return any(real == place or real.startswith(f"{place}/") for place in places)
 
     def refuse(self, what: str) -> NoReturn:
         """Kept as well as raised: what is raised in a thread, or swallowed, counts too."""
         self.seen = self.seen or Finding("reach", what)
         raise self.seen
+
+
+def _full(path: Any, folder: Any) -> Any:
+    """The path, if it is relative to a folder that is open."""
+    relative = isinstance(folder, int) and folder >= 0 and not isinstance(path, int)
+    return f"/proc/self/fd/{folder}/{os.fsdecode(path)}" if relative else path
 
 
 _HOOK = _Hook()
