@@ -7,7 +7,7 @@ from random import Random
 
 _LONGEST = 1 << 20
 _NUMBERS = [0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
-_WORDS = [  # what has hurt decoders before
+WORDS = [  # what has hurt decoders before
     b"\0",
     b"\xff\xfe",
     b"\xed\xa0\x80",
@@ -32,7 +32,7 @@ def mutated(random: Random, seeds: Sequence[bytes], dictionary: Sequence[bytes] 
     """A seed, changed in one to four places."""
     data = random.choice(seeds)
     for _ in range(random.randint(1, 4)):
-        data = random.choice(_MUTATIONS)(random, data, seeds, [*_WORDS, *dictionary])
+        data = random.choice(_MUTATIONS)(random, data, seeds, [*WORDS, *dictionary])
     return data[:_LONGEST]
 
 

@@ -53,10 +53,11 @@ _DEVICES = {"/dev/null", "/dev/urandom"}
 class Finding(BaseException):
     """A decoder did what none may. Not an Exception, so that nothing takes it for an error of the input."""
 
-    def __init__(self, kind: str, told: str) -> None:
-        super().__init__(f"{kind}: {told}")
+    def __init__(self, kind: str, told: str, place: str = "") -> None:
+        super().__init__(f"{kind}: {told}{place and ' at '}{place}")
         self.kind = kind
-        self.told = told
+        self.place = place or told
+        """what makes it the same finding as another"""
 
 
 class _Hook:
@@ -151,16 +152,16 @@ class Watch:
         except Finding:
             raise
         except MemoryError as error:
-            raise Finding("memory", f"over {self._memory_bytes >> 20} MiB asked for at {where(error)}") from error
+            raise Finding("memory", f"over {self._memory_bytes >> 20} MiB asked for", where(error)) from error
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
             kind = "memory" if "allocate memory" in str(error) else "crash"  # torch's own word for it
-            raise Finding(kind, f"{type(error).__name__} at {where(error)}: {str(error)[:200]}") from error
+            raise Finding(kind, f"{type(error).__name__} ({_short(error)})", where(error)) from error
 
     def _check_words(self, error: BaseException) -> None:
         if self._told is not None and len(str(error)) > self._told:
-            raise Finding("words", f"{len(str(error))} characters told by a {type(error).__name__} at {where(error)}")
+            raise Finding("words", f"{len(str(error))} characters told by a {type(error).__name__}", where(error))
 
     @contextmanager
     def _reach(self) -> Iterator[None]:
@@ -176,6 +177,12 @@ class Watch:
                 raise _HOOK.seen
             if os.listdir(outside) != before:  # noqa: PTH208 - what is not written by Python meets no hook
                 raise Finding("reach", f"something appeared beside {self._folder}")
+
+
+def _short(error: BaseException) -> str:
+    with suppress(Exception):
+        return " ".join(str(error).split())[:150]
+    return "nothing that can be shown"
 
 
 def where(error: BaseException) -> str:
@@ -225,7 +232,7 @@ def _within(seconds: float) -> Iterator[None]:
         return
 
     def too_long(_number: int, frame: FrameType | None) -> NoReturn:
-        raise Finding("time", f"over {seconds:g} s, then in {_line_of(frame)}")
+        raise Finding("time", f"over {seconds:g} s", _line_of(frame))
 
     before = signal.signal(signal.SIGALRM, too_long)
     signal.setitimer(signal.ITIMER_REAL, seconds)
