@@ -16,10 +16,13 @@ from choral.metrics import LOSS, Metric
 from choral.plan import Kind, Plan
 from choral.statistics import Moments
 from choral.task import Task, user_code
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 from choral_client.data import Shard
 from choral_client.train import fit
+
+_TOLD = 300  # characters of what torch says
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Work:
             raise Declined(
                 f"asked for task {plan.task} {plan.task_version}; {self._task.name} {self._task.version} is installed here"
             )
-        self._model.load_state_dict(load(checkpoint))
+        self._take(checkpoint)
         if plan.kind is Kind.STATISTICS:
             return self._statistics()
         held_out = self._measure() if plan.evaluate else ()
@@ -55,6 +58,12 @@ class Work:
                 raise Declined("no examples are held out here (holdout in the client's configuration)")
             return Result(memoryview(b""), held_out)
         return self._train(plan, held_out, stop)
+
+    def _take(self, checkpoint: bytes) -> None:
+        try:
+            self._model.load_state_dict(load(checkpoint))
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise Declined(f"the version that the coordinator sent is not of this task's model: {_first_line(error)}") from error
 
     def _statistics(self) -> Result:
         with user_code(f"task {self._task.name}: reading the features"):
@@ -78,6 +87,11 @@ class Work:
         if loss is not None:
             work.append(Metric(f"train_{LOSS}", loss, self._shard.size))
         return Result(delta.astype("<f4", copy=False).data.cast("B"), held_out, tuple(work))
+
+
+def _first_line(error: Exception) -> str:
+    """Of torch's, which names every tensor, the beginning."""
+    return " ".join(str(error).split())[:_TOLD]
 
 
 def set_threads(threads: int | None) -> None:

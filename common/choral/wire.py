@@ -37,6 +37,8 @@ WORDS = 500  # characters
 PROTOCOL_VERSION = 1
 CHUNK_BYTES = 1 << 20
 DIGEST_BYTES = 32
+SHORTEST_HEARTBEAT_S = 0.01
+LONGEST_S = 31_536_000.0  # a year: what either side may ask the other to wait for
 MESSAGE_BYTES = 4 * CHUNK_BYTES  # the longest message either side accepts: a chunk, or the manifest of a very deep model
 
 K = TypeVar("K")
@@ -165,7 +167,12 @@ def version_to_pb(version: VersionRef) -> mb.ModelVersion:
 
 
 def version_from_pb(message: mb.ModelVersion) -> VersionRef:
-    """From protobuf."""
+    """From protobuf. Raises InvalidMessage: a digest or a length that is none."""
+    if len(message.digest) != DIGEST_BYTES or message.size_bytes < 0:
+        raise InvalidMessage(
+            f"version {message.number} with a digest of {len(message.digest)} bytes and a length of {message.size_bytes}; "
+            f"a SHA-256 has {DIGEST_BYTES}, and no file less than 0"
+        )
     return VersionRef(message.number, message.digest, message.size_bytes)
 
 
@@ -180,6 +187,13 @@ def metrics_from_pb(messages: Iterable[mb.Metric]) -> tuple[Metric, ...]:
 
 
 # The attendance stream
+
+
+def _seconds(told: float, least: float) -> float:
+    """A time that one can sleep for: NaN would upset a whole event loop, and no pause at all would keep two machines busy."""
+    if not least <= told <= LONGEST_S:
+        raise InvalidMessage(f"asked to wait for {told} s; {least:g} to {LONGEST_S:g} s are possible")
+    return told
 
 
 def from_client_to_pb(said: FromClient) -> pb.AttendRequest:
@@ -221,7 +235,7 @@ def from_client_from_pb(message: pb.AttendRequest) -> FromClient:
                 )
             task, version, software = brief(h.task), brief(h.task_version), brief(h.software)
             manifest = manifest_from_pb(h.manifest)
-            return Hello(h.protocol_version, h.client, h.instance, task, version, manifest, h.examples, software)
+            return Hello(h.protocol_version, h.client, brief(h.instance), task, version, manifest, h.examples, software)
         case "status":
             s = message.status
             return Status(brief(s.assignment), _known(_PHASES_BACK, s.phase, "phase"), brief(s.reason))
@@ -253,7 +267,7 @@ def from_coordinator_from_pb(message: pb.AttendResponse) -> FromCoordinator:
     match message.WhichOneof("message"):
         case "welcome":
             w = message.welcome
-            return Welcome(w.run, w.heartbeat_s, version_from_pb(w.version), w.notice)
+            return Welcome(w.run, _seconds(w.heartbeat_s, SHORTEST_HEARTBEAT_S), version_from_pb(w.version), w.notice)
         case "assignment":
             a = message.assignment
             return Assignment(a.id, a.round, version_from_pb(a.version), plan_from_pb(a.plan))
@@ -263,7 +277,7 @@ def from_coordinator_from_pb(message: pb.AttendResponse) -> FromCoordinator:
             return NewVersion(version_from_pb(message.new_version.version))
         case "come_back":
             c = message.come_back
-            return ComeBack(c.after_s if c.HasField("after_s") else None, c.reason)
+            return ComeBack(_seconds(c.after_s, 0.0) if c.HasField("after_s") else None, c.reason)
     raise InvalidMessage("an attendance message that says nothing known to this release: update Choral on this side")
 
 

@@ -368,14 +368,29 @@ def backup_of(data: bytes) -> bytes:
 
 
 ROWS: tuple[Any, ...] = (b'"run": "', b"../../../escaped", b'"run": "../../../escaped"', b"null", b"[]", b"{}", b"9" * 30, b'"1"')
-TAR = (b"ustar\x0000", b"ustar  \0", b"GNU.sparse.map=0,1", b"GNU.sparse.realsize=99999999999", b"77777777777", b"\x80" + b"\xff" * 11)
+TAR = (
+    b"ustar\x0000",
+    b"ustar  \0",
+    b"GNU.sparse.map=0,1",
+    b"GNU.sparse.realsize=99999999999",
+    b"77777777777",
+    b"\x80" + b"\xff" * 11,
+)
 TARGETS = [
-    Target("configuration of a coordinator", in_file("server.yaml", server_config), lambda: [SERVER_CONFIG, INTERVAL_CONFIG], (ConfigError,), YAML),
+    Target(
+        "configuration of a coordinator",
+        in_file("server.yaml", server_config),
+        lambda: [SERVER_CONFIG, INTERVAL_CONFIG],
+        (ConfigError,),
+        YAML,
+    ),
     Target("configuration of a client", in_file("client.yaml", a_client_config), lambda: [CLIENT_CONFIG], (ConfigError,), YAML),
     Target("address", in_memory(address), lambda: [b"10.0.0.5:8470", b"[::1]:8470", b"a.example:1"], (ValueError,)),
     Target("CSV shard", in_file("shard.csv", shard), csv_seeds, (DataError,), (b'"', b",", b"\r\n", b"a,a")),
     Target("Parquet shard", in_file("shard.parquet", shard), parquet_seeds, (DataError,)),
-    Target("checkpoint at the coordinator", in_file("000001.safetensors", checkpoint), checkpoint_seeds, (ConfigError,), SAFETENSORS),
+    Target(
+        "checkpoint at the coordinator", in_file("000001.safetensors", checkpoint), checkpoint_seeds, (ConfigError,), SAFETENSORS
+    ),
     Target("checkpoint at a client", work, checkpoint_seeds, (Declined, TaskError), SAFETENSORS),
     Target("state of the optimizer", in_memory(optimizer), optimizer_seeds, (ConfigError,), SAFETENSORS),
     Target("file in the outbox", outbox, outbox_seeds, (), (b'"kind": "training"', b'"examples": ')),

@@ -101,7 +101,6 @@ def payload_of(kind: Kind) -> Make:
 def resumption(folder: Path) -> Any:
     async def asked(floor: Floor, data: bytes) -> None:
         with floor.round(Kind.TRAINING):
-
             answer = await floor.service.ResumeUpload(pb.ResumeUploadRequest.FromString(data), Call())  # type: ignore[arg-type]
             _check(answer.receipt.reason)
 
@@ -316,5 +315,3 @@ TARGETS = [
 def _question() -> bytes:
     content = payload(Kind.TRAINING)
     return pb.ResumeUploadRequest(header=wire.header_to_pb(header(Kind.TRAINING, content))).SerializeToString()
-
-

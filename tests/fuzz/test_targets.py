@@ -98,6 +98,16 @@ def test_many_small_allocations_are_caught() -> None:
     _caught(lambda data: [bytes(1000) for _ in range(2 * MEMORY_BYTES // 1000)], "memory")
 
 
+def test_a_large_allocation_that_became_an_orderly_refusal_is_caught() -> None:
+    def decode(data: bytes) -> None:
+        try:
+            torch.empty(10 << 30)
+        except RuntimeError as error:
+            raise ConfigError("no") from error
+
+    _caught(decode, "memory")
+
+
 def test_a_small_allocation_is_none() -> None:
     with Target("good", in_memory(lambda data: bytes(MEMORY_BYTES // 4)), list, memory_bytes=MEMORY_BYTES).running() as run:
         run(b"input")

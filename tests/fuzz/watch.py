@@ -45,7 +45,16 @@ _PATHS = {  # event -> which of its arguments are paths that it changes, each wi
 # Python's own files, this repository's and the time zones are read whenever something is imported or looked up.
 _READABLE = tuple(
     os.path.realpath(place)
-    for place in (sys.prefix, sys.base_prefix, REPOSITORY, *sysconfig.get_paths().values(), *zoneinfo.TZPATH, "/proc", "/sys", "/usr")
+    for place in (
+        sys.prefix,
+        sys.base_prefix,
+        REPOSITORY,
+        *sysconfig.get_paths().values(),
+        *zoneinfo.TZPATH,
+        "/proc",
+        "/sys",
+        "/usr",
+    )
 )
 _DEVICES = {"/dev/null", "/dev/urandom"}
 
@@ -148,6 +157,7 @@ class Watch:
             with self._reach(), _held_to(self._memory_bytes), _within(self._seconds):
                 decode(data)
         except self._allowed as error:
+            self._check_causes(error)
             self._check_words(error)
         except Finding:
             raise
@@ -156,8 +166,15 @@ class Watch:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            kind = "memory" if "allocate memory" in str(error) else "crash"  # torch's own word for it
+            kind = "memory" if _is_memory(error) else "crash"
             raise Finding(kind, f"{type(error).__name__} ({_short(error)})", where(error)) from error
+
+    def _check_causes(self, error: BaseException | None) -> None:
+        """Memory that was asked for counts also where the decoder made an orderly refusal of it."""
+        while error is not None:
+            if _is_memory(error):
+                raise Finding("memory", f"over {self._memory_bytes >> 20} MiB asked for", where(error))
+            error = error.__cause__ or error.__context__
 
     def _check_words(self, error: BaseException) -> None:
         if self._told is not None and len(str(error)) > self._told:
@@ -177,6 +194,10 @@ class Watch:
                 raise _HOOK.seen
             if os.listdir(outside) != before:  # noqa: PTH208 - what is not written by Python meets no hook
                 raise Finding("reach", f"something appeared beside {self._folder}")
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)  # torch's own word for it
 
 
 def _short(error: BaseException) -> str:

@@ -63,7 +63,5 @@ def load_state(content: bytes, size: int, source: str) -> State:
         raise ConfigError(f"{source}: is damaged ({error}): {cure}") from error
     for name, vector in state.items():
         if vector.dtype != np.float32 or vector.shape != (size,):
-            raise ConfigError(
-                f"{source}: {name} is {vector.dtype} {list(vector.shape)} where float32 [{size}] is expected; {cure}"
-            )
+            raise ConfigError(f"{source}: {name} is {vector.dtype} {list(vector.shape)} where float32 [{size}] is expected; {cure}")
     return state
