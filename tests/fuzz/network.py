@@ -158,8 +158,53 @@ def payload_seeds(kind: Kind) -> Callable[[], list[bytes]]:
     return lambda: [payload(kind), bad]
 
 
-def hello_seeds() -> list[bytes]:
+def upload_hostile() -> list[bytes]:
+    """Measurements with names by the yard, or that are no numbers; bytes without end; more than one of what there is one of."""
+    long = [Metric("x" * 100_000, 1.0, 1)] * 20
+    content = payload(Kind.TRAINING)
+    good = upload(Kind.TRAINING, content)
+    return [
+        framed(upload(Kind.TRAINING, content, work=tuple(long))),
+        framed(upload(Kind.TRAINING, content, held_out=tuple(long))),
+        framed(upload(Kind.TRAINING, content, held_out=(Metric("loss", math.nan, 1),))),
+        framed(upload(Kind.TRAINING, content, work=(Metric("", -math.inf, 2**62),))),
+        framed(upload(Kind.TRAINING, content, offset=-(2**63))),
+        framed([*good, *good]),
+        framed([good[0], *good[1:-1] * 50]),
+        framed([good[-1]]),
+        framed([good[0], good[-1]]),
+    ]
+
+
+def manifest_seeds() -> list[bytes]:
     return [wire.manifest_to_pb(manifest()).SerializeToString()]
+
+
+def manifest_hostile() -> list[bytes]:
+    entries = [
+        mb.ManifestEntry(name="x" * 1_000_000, dtype="F32", shape=[1], kind=mb.ENTRY_KIND_AVERAGED),
+        mb.ManifestEntry(name="x", dtype="y" * 1_000_000, shape=[1], kind=mb.ENTRY_KIND_AVERAGED),
+        mb.ManifestEntry(name="x", dtype="F32", shape=[2**63 - 1] * 10_000, kind=mb.ENTRY_KIND_AVERAGED),
+        mb.ManifestEntry(name="x", dtype="F32", shape=[-1, 0], offset=-1, kind=mb.ENTRY_KIND_COUNTER),
+    ]
+    return [mb.Manifest(entries=[entry]).SerializeToString() for entry in entries]
+
+
+def attendance_hostile() -> list[bytes]:
+    good = wire.from_client_to_pb(hello(manifest()))
+    messages = []
+    for changes in ({"instance": "x" * 1_000_000}, {"client": ".." * 500}, {"task": "x" * 1_000_000}, {"examples": -(2**63)}):
+        message = pb.AttendRequest.FromString(good.SerializeToString())
+        for name, value in changes.items():
+            setattr(message.hello, name, value)
+        messages.append(message.SerializeToString())
+    whole = [
+        pb.AttendRequest(hello=pb.Hello(protocol_version=1, client=CLIENT, manifest=mb.Manifest.FromString(one)))
+        for one in manifest_hostile()
+    ]
+    for message in whole:
+        message.hello.task, message.hello.task_version = TASK.name, TASK.version
+    return [framed([message]) for message in [*messages, *(message.SerializeToString() for message in whole)]]
 
 
 def manifest_decoded(data: bytes) -> None:
@@ -206,6 +251,18 @@ def heard_seeds() -> list[bytes]:
     return [framed(messages), *(framed([message]) for message in messages)]
 
 
+def heard_hostile() -> list[bytes]:
+    """What would keep a client busy, or upset its event loop; and a plan without end."""
+    times = (0.0, -1.0, math.nan, math.inf, 1e308)
+    said: list[FromCoordinator] = [
+        *(Welcome("run", seconds, VERSION, "") for seconds in times),
+        *(ComeBack(seconds, "") for seconds in times),
+        NewVersion(VersionRef(-1, b"", -1)),
+        NewVersion(VersionRef(2**63 - 1, bytes(1000), 2**63 - 1)),
+    ]
+    return [framed([wire.from_coordinator_to_pb(one).SerializeToString()]) for one in said]
+
+
 def download(folder: Path) -> Any:
     """The version that is announced, and then the pieces in which it comes."""
 
@@ -231,6 +288,12 @@ def download_seeds() -> list[bytes]:
     announced = wire.version_to_pb(VERSION).SerializeToString()
     for_each = [pb.DownloadResponse(chunk=wire.chunk(content[at : at + 4], at)).SerializeToString() for at in (0, 4)]
     return [framed([announced, *for_each]), framed([announced])]
+
+
+def download_hostile() -> list[bytes]:
+    versions = [VersionRef(3, b"", 7), VersionRef(3, VERSION.digest, 2**63 - 1), VersionRef(3, b"../../../escaped", -1)]
+    piece = pb.DownloadResponse(chunk=wire.chunk(b"weights", 0)).SerializeToString()
+    return [framed([wire.version_to_pb(version).SerializeToString(), piece]) for version in versions]
 
 
 def resumed(folder: Path) -> Any:
@@ -293,10 +356,26 @@ def _clients_names() -> tuple[bytes, ...]:
 
 _ENDED = (Aborted, DecodeError)  # gRPC answers itself what it cannot decode
 TARGETS = [
-    Target("attendance of a client", attendance, attendance_seeds, _ENDED, _clients_names(), told=TOLD),
-    Target("manifest", in_memory(manifest_decoded), hello_seeds, (InvalidMessage, DecodeError), (b"F32", b"BF16"), told=TOLD),
+    Target("attendance of a client", attendance, attendance_seeds, _ENDED, _clients_names(), told=TOLD, hostile=attendance_hostile),
+    Target(
+        "manifest",
+        in_memory(manifest_decoded),
+        manifest_seeds,
+        (InvalidMessage, DecodeError),
+        (b"F32", b"BF16"),
+        told=TOLD,
+        hostile=manifest_hostile,
+    ),
     *(
-        Target(f"upload of {kind.value}", upload_of(kind), upload_seeds(kind), _ENDED, _clients_names(), told=TOLD)
+        Target(
+            f"upload of {kind.value}",
+            upload_of(kind),
+            upload_seeds(kind),
+            _ENDED,
+            _clients_names(),
+            told=TOLD,
+            hostile=upload_hostile,
+        )
         for kind in (Kind.TRAINING, Kind.STATISTICS, Kind.EVALUATION)
     ),
     *(
@@ -304,8 +383,8 @@ TARGETS = [
         for kind in (Kind.TRAINING, Kind.STATISTICS)
     ),
     Target("question about an upload", resumption, lambda: [_question()], _ENDED, _clients_names(), told=TOLD),
-    Target("attendance at a client", heard, heard_seeds, (ChoralError, DecodeError), _clients_names()),
-    Target("download", download, download_seeds, (ChoralError, DecodeError)),
+    Target("attendance at a client", heard, heard_seeds, (ChoralError, DecodeError), _clients_names(), hostile=heard_hostile),
+    Target("download", download, download_seeds, (ChoralError, DecodeError), hostile=download_hostile),
     Target("answer about an upload", resumed, resumed_seeds, (ChoralError, DecodeError)),
     Target("receipt", receipt, receipt_seeds, (ChoralError, DecodeError)),
     Target("refusal of a call", in_memory(refusal), refusal_seeds, (), (b"type.googleapis.com/google.rpc.ErrorInfo", b"choral.v1")),

@@ -188,7 +188,7 @@ def _keep(name: str, key: str, data: bytes) -> Path:
 def _by_chance(target: Any, one: _Execution) -> NoReturn:
     from fuzz.mutation import mutated
 
-    seeds, chance = list(target.seeds()), random.Random()  # noqa: S311
+    seeds, chance = [*target.seeds(), *target.hostile()], random.Random()  # noqa: S311
     for seed in seeds:
         one(seed)
     while True:
@@ -198,14 +198,14 @@ def _by_chance(target: Any, one: _Execution) -> NoReturn:
 def _with_coverage(atheris: Any, target: Any, one: _Execution) -> NoReturn:
     corpus = OUT / "corpus" / _slug(target.name)
     corpus.mkdir(parents=True, exist_ok=True)
-    for seed in target.seeds():
+    for seed in [*target.seeds(), *target.hostile()]:
         (corpus / f"seed-{hashlib.sha256(seed).hexdigest()[:12]}").write_bytes(seed)
     atheris.Setup(
         [
             sys.argv[0],
             str(corpus),
             f"-dict={_dictionary(target)}",
-            f"-max_len={max(8 * max(map(len, target.seeds())), 4096)}",
+            f"-max_len={max(8 * max(map(len, [*target.seeds(), *target.hostile()])), 4096)}",
             f"-artifact_prefix={OUT / 'reports'}/",
             "-timeout=0",  # the watch has its own clocks and limits
             "-rss_limit_mb=0",

@@ -35,6 +35,8 @@ class Target:
     seconds: float = 20.0
     told: int | None = None
     examples: int = 40
+    hostile: Callable[[], Sequence[bytes]] = list
+    """inputs that chance would hardly make; each is tried, and changed further, like the seeds"""
 
     @contextmanager
     def running(self) -> Iterator[Decode]:

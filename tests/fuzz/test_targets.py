@@ -40,7 +40,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_hostile_is_found_to_work(name: str) -> None:
     target = TARGETS[name]
-    seeds = list(target.seeds())
+    seeds = [*target.seeds(), *target.hostile()]
     with target.running() as run:
         for seed in seeds:
             run(seed)
