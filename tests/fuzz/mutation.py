@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
-_LONGEST = 1 << 20
+_LONGEST = 1 << 18
 _NUMBERS = [0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 WORDS = [  # what has hurt decoders before
     b"\0",
@@ -66,7 +66,8 @@ def _remove(random: Random, data: bytes, _seeds: Sequence[bytes], _words: Sequen
 
 def _repeat(random: Random, data: bytes, _seeds: Sequence[bytes], _words: Sequence[bytes]) -> bytes:
     begin, end = sorted((_place(random, data), _place(random, data)))
-    return data[:end] + data[begin:end] * random.choice([1, 2, 3, 100]) + data[end:]
+    times = min(random.choice([1, 2, 3, 100]), 1 + _LONGEST // (1 + end - begin))
+    return data[:end] + data[begin:end] * times + data[end:]
 
 
 def _splice(random: Random, data: bytes, seeds: Sequence[bytes], _words: Sequence[bytes]) -> bytes:

@@ -139,7 +139,7 @@ def _same(kind: Kind, content: bytes, digest: bytes) -> dict[str, Any]:
 def upload(kind: Kind, content: bytes, size: int = 8, **changes: Any) -> list[bytes]:
     """The messages of an upload, in chunks of `size` bytes."""
     announced = header(kind, content, **changes)
-    offsets = range(announced.offset, len(content), size)
+    offsets = range(max(announced.offset, 0), len(content), size)
     chunks = [wire.chunk(content[offset : offset + size], offset) for offset in offsets]
     messages = [
         pb.UploadRequest(header=wire.header_to_pb(announced)),
@@ -160,7 +160,7 @@ def payload_seeds(kind: Kind) -> Callable[[], list[bytes]]:
 
 def upload_hostile() -> list[bytes]:
     """Measurements with names by the yard, or that are no numbers; bytes without end; more than one of what there is one of."""
-    long = [Metric("x" * 100_000, 1.0, 1)] * 20
+    long = [Metric("x" * 2000, 1.0, 1)] * 10
     content = payload(Kind.TRAINING)
     good = upload(Kind.TRAINING, content)
     return [
@@ -182,9 +182,9 @@ def manifest_seeds() -> list[bytes]:
 
 def manifest_hostile() -> list[bytes]:
     entries = [
-        mb.ManifestEntry(name="x" * 1_000_000, dtype="F32", shape=[1], kind=mb.ENTRY_KIND_AVERAGED),
-        mb.ManifestEntry(name="x", dtype="y" * 1_000_000, shape=[1], kind=mb.ENTRY_KIND_AVERAGED),
-        mb.ManifestEntry(name="x", dtype="F32", shape=[2**63 - 1] * 10_000, kind=mb.ENTRY_KIND_AVERAGED),
+        mb.ManifestEntry(name="x" * 20_000, dtype="F32", shape=[1], kind=mb.ENTRY_KIND_AVERAGED),
+        mb.ManifestEntry(name="x", dtype="y" * 20_000, shape=[1], kind=mb.ENTRY_KIND_AVERAGED),
+        mb.ManifestEntry(name="x", dtype="F32", shape=[2**63 - 1] * 1000, kind=mb.ENTRY_KIND_AVERAGED),
         mb.ManifestEntry(name="x", dtype="F32", shape=[-1, 0], offset=-1, kind=mb.ENTRY_KIND_COUNTER),
     ]
     return [mb.Manifest(entries=[entry]).SerializeToString() for entry in entries]
@@ -193,7 +193,7 @@ def manifest_hostile() -> list[bytes]:
 def attendance_hostile() -> list[bytes]:
     good = wire.from_client_to_pb(hello(manifest()))
     messages = []
-    for changes in ({"instance": "x" * 1_000_000}, {"client": ".." * 500}, {"task": "x" * 1_000_000}, {"examples": -(2**63)}):
+    for changes in ({"instance": "x" * 20_000}, {"client": ".." * 500}, {"task": "x" * 20_000}, {"examples": -(2**63)}):
         message = pb.AttendRequest.FromString(good.SerializeToString())
         for name, value in changes.items():
             setattr(message.hello, name, value)

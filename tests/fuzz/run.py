@@ -18,9 +18,9 @@ import mmap
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -60,8 +60,6 @@ def main() -> None:
     arguments = _arguments()
     if arguments.replay is not None:
         _replay(arguments.replay)
-    elif arguments.child is not None:
-        _fuzz(arguments.child, arguments.seconds, arguments.engine)
     else:
         sys.exit(_all(arguments.target, arguments.seconds, arguments.engine))
 
@@ -72,7 +70,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--target", action="append", default=[], help="part of a target's name; all, if not given")
     parser.add_argument("--engine", choices=["atheris", "chance"], default=_engine())
     parser.add_argument("--replay", type=Path, help="a file from out/fuzz/findings")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -87,47 +84,39 @@ def _slug(name: str) -> str:
 # One target
 
 
-def _fuzz(name: str, seconds: float, engine: str) -> NoReturn:
+def _fuzz(name: str, until: float, engine: str) -> NoReturn:
     """In the process of one target: until the time is over."""
-    atheris = _instrument() if engine == "atheris" else None
-    _settle_down()
     from fuzz.targets import TARGETS
 
     target = TARGETS[name]
     with ExitStack() as stack:
-        one = _Execution(target, seconds, stack)
-        if atheris is None:
+        one = _Execution(target, until, stack)
+        if engine == "chance":
             _by_chance(target, one)
-        _with_coverage(atheris, target, one)
-    raise AssertionError("it ends by itself")
+        _with_coverage(target, one)
 
 
-def _instrument() -> Any:
-    """Load our own packages so that atheris sees which lines are reached; nothing else is instrumented."""
-    import atheris
+def _load(engine: str) -> None:
+    """Once for all: our own packages so that atheris sees which lines are reached, and nothing else; logs as in production."""
+    if engine == "atheris":
+        import atheris
 
-    with atheris.instrument_imports(include=OURS):
-        import fuzz.targets  # noqa: F401
-    return atheris
-
-
-def _settle_down() -> None:
-    """Log as in production, to nobody; and compute in one thread."""
+        with atheris.instrument_imports(include=OURS):
+            import fuzz.targets  # noqa: F401
     import torch
     from choral import logs
 
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
     logs.configure("json")
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 class _Execution:
     """Runs one input after the other, keeps count, and ends the process when the time is over."""
 
-    def __init__(self, target: Any, seconds: float, stack: ExitStack) -> None:
+    def __init__(self, target: Any, until: float, stack: ExitStack) -> None:
         self._target = target
-        self._until = time.monotonic() + seconds
+        self._until = until
         self._began = self._told = time.monotonic()
         self._report, self._known = Report(), set[str]()
         self._path = OUT / "reports" / f"{_slug(target.name)}.json"
@@ -195,7 +184,9 @@ def _by_chance(target: Any, one: _Execution) -> NoReturn:
         one(mutated(chance, seeds, target.dictionary))
 
 
-def _with_coverage(atheris: Any, target: Any, one: _Execution) -> NoReturn:
+def _with_coverage(target: Any, one: _Execution) -> NoReturn:
+    import atheris
+
     corpus = OUT / "corpus" / _slug(target.name)
     corpus.mkdir(parents=True, exist_ok=True)
     for seed in [*target.seeds(), *target.hostile()]:
@@ -232,6 +223,7 @@ def _dictionary(target: Any) -> Path:
 
 
 def _all(wanted: list[str], seconds: float, engine: str) -> int:
+    _load(engine)
     from fuzz.targets import TARGETS
     from rich.console import Console
 
@@ -253,13 +245,13 @@ def _all(wanted: list[str], seconds: float, engine: str) -> int:
 def _bar(console: Any, seconds: float) -> Iterator[Callable[[str, float], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(TextColumn("{task.description:32}"), BarColumn(), TimeRemainingColumn(), console=console) as progress:
+    with Progress(TextColumn("{task.description:32}"), BarColumn(), TimeRemainingColumn(), console=console, auto_refresh=False) as progress:
         task = progress.add_task("", total=seconds)
-        yield lambda name, began: progress.update(task, description=name, completed=time.monotonic() - began)
+        yield lambda name, began: progress.update(task, description=name, completed=time.monotonic() - began, refresh=True)
 
 
 def _supervise(name: str, seconds: float, engine: str, advance: Callable[[], None]) -> Report:
-    """Fuzz one target; `seconds` include the start of its process. Starts it again where an input killed it."""
+    """Fuzz one target; starts it again where an input killed it."""
     path, until, before = OUT / "reports" / f"{_slug(name)}.json", time.monotonic() + seconds, Report()
     while True:
         path.unlink(missing_ok=True)
@@ -276,24 +268,36 @@ def _supervise(name: str, seconds: float, engine: str, advance: Callable[[], Non
 
 
 def _process(name: str, until: float, engine: str, advance: Callable[[], None], report: Path) -> str | None:
-    """One process, until it ends; what killed it, if anything did."""
-    command = [sys.executable, __file__, "--child", name, "--engine", engine]
-    began = time.monotonic()
-    loading_s = 3.0 if engine == "chance" else 6.0
-    command += ["--seconds", str(max(until - began - loading_s, 0.5))]
+    """One process, until it ends; what killed it, if anything did. It is forked: to load torch takes longer than its turn."""
     log = OUT / "reports" / f"{_slug(name)}.log"
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
-        while process.poll() is None:
-            advance()
-            time.sleep(0.2)
-            if time.time() - (report.stat().st_mtime if report.exists() else time.time() - time.monotonic() + began) > SILENT_S:
-                process.kill()
-                process.wait()
-                return f"time: nothing heard for {SILENT_S:g} s"
-    if process.returncode == 0:
+    began = time.time()
+    child = os.fork()
+    if child == 0:
+        _in_child(name, until, engine, log)
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        advance()
+        time.sleep(0.1)
+        heard = report.stat().st_mtime if report.exists() else began
+        if time.time() - heard > SILENT_S:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return f"time: nothing heard for {SILENT_S:g} s"
+    code = os.waitstatus_to_exitcode(ended[1])
+    if code == 0:
         return None
-    how = signal.Signals(-process.returncode).name if process.returncode < 0 else f"exit code {process.returncode}"
-    return f"crash: the process ended with {how} (see {log})"
+    return f"crash: the process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'} (see {log})"
+
+
+def _in_child(name: str, until: float, engine: str, log: Path) -> NoReturn:
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        _fuzz(name, until, engine)
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+    finally:
+        os._exit(70)
 
 
 def _last_input(name: str) -> bytes:
