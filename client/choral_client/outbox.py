@@ -146,7 +146,7 @@ def _read(path: Path) -> tuple[Parcel, memoryview]:
         raise ValueError("its header does not match its checksum")
     try:
         parcel = _parcel(json.loads(bytes(header)))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"its header is of another release ({error})") from None
     if len(payload) != parcel.header.payload_bytes:
         raise ValueError(f"it holds {len(payload)} of {parcel.header.payload_bytes} bytes")

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 from choral.errors import DataError
 
 
+_COLUMNS, _LONGEST_LINE = 10_000, 1 << 20
 _CLASSES = 2**31  # no network tells so many apart
 _TOLD = 100  # of a file's columns, and of each name the characters
 
@@ -64,7 +65,7 @@ class Table:
         if len(bad):
             row, column = map(int, bad[0])
             cell = frame[columns].iat[row, column]
-            shown = repr(cell) if isinstance(cell, str) else str(cell)
+            shown = repr(cell[:_TOLD]) if isinstance(cell, str) else str(cell)[:_TOLD]
             what = "does not fit in float32" if np.isfinite(numbers[row, column]) else "is not a finite number"
             said = "is empty" if frame[columns].isna().iat[row, column] else f"holds {shown}, which {what}"
             raise DataError(f"{path}: row {row + 1}, column {columns[column]} {said}: fill it in or remove the row")
@@ -89,6 +90,9 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
+    with path.open("rb") as file:
+        if file.readline(_LONGEST_LINE).count(b",") >= _COLUMNS:  # pandas takes for ever to tell apart so many of one name
+            raise DataError(f"{path}: has more than {_COLUMNS} columns; is it a table?")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
