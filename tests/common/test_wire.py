@@ -45,7 +45,7 @@ ENTRIES = st.builds(
     kind=st.sampled_from(EntryKind),
 )
 MANIFESTS = st.builds(Manifest, st.lists(ENTRIES, max_size=4).map(tuple))
-VERSIONS = st.builds(VersionRef, number=COUNT, digest=st.binary(max_size=32), size_bytes=COUNT)
+VERSIONS = st.builds(VersionRef, number=COUNT, digest=st.binary(min_size=32, max_size=32), size_bytes=COUNT)
 METRICS = st.lists(st.builds(Metric, name=TEXT, value=NUMBER, examples=INT64), max_size=3).map(tuple)
 TRAININGS = st.builds(
     Training,
@@ -79,11 +79,11 @@ FROM_CLIENT = {
     "heartbeat": st.just(Heartbeat()),
 }
 FROM_COORDINATOR = {
-    "welcome": st.builds(Welcome, run=TEXT, heartbeat_s=NUMBER, version=VERSIONS),
+    "welcome": st.builds(Welcome, run=TEXT, heartbeat_s=st.floats(wire.SHORTEST_HEARTBEAT_S, wire.LONGEST_S), version=VERSIONS),
     "assignment": st.builds(Assignment, id=TEXT, round=COUNT, version=VERSIONS, plan=PLANS),
     "cancel": st.builds(Cancel, assignment=TEXT, reason=TEXT),
     "new_version": st.builds(NewVersion, version=VERSIONS),
-    "come_back": st.builds(ComeBack, after_s=st.none() | NUMBER, reason=TEXT),
+    "come_back": st.builds(ComeBack, after_s=st.none() | st.floats(0, wire.LONGEST_S), reason=TEXT),
 }
 HEADERS = st.builds(
     UploadHeader,
@@ -273,3 +273,25 @@ def test_any_flipped_bit_is_found(content: bytes, data: st.DataObject) -> None:
     chunk.data = bytes(damaged)
     with pytest.raises(CorruptTransfer, match="CRC-32"):
         wire.verified(chunk, 0, len(content))
+
+
+VERSION = VersionRef(3, bytes(32), 7)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf"), 1e308])
+def test_a_heartbeat_that_nobody_can_keep_is_refused(seconds: float) -> None:
+    """NaN would upset the order of the event loop's timers; nothing at all would keep both sides busy."""
+    with pytest.raises(InvalidMessage, match="asked to wait for"):
+        wire.from_coordinator_from_pb(wire.from_coordinator_to_pb(Welcome("run", seconds, VERSION)))
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf"), 1e308])
+def test_a_pause_that_nobody_can_make_is_refused(seconds: float) -> None:
+    with pytest.raises(InvalidMessage, match="asked to wait for"):
+        wire.from_coordinator_from_pb(wire.from_coordinator_to_pb(ComeBack(seconds, "")))
+
+
+@pytest.mark.parametrize("version", [VersionRef(3, b"", 7), VersionRef(3, bytes(33), 7), VersionRef(3, bytes(32), -1)])
+def test_a_version_that_is_none_is_refused(version: VersionRef) -> None:
+    with pytest.raises(InvalidMessage, match="version 3 with a digest of"):
+        wire.version_from_pb(wire.version_to_pb(version))

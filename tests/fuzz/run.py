@@ -245,7 +245,9 @@ def _all(wanted: list[str], seconds: float, engine: str) -> int:
 def _bar(console: Any, seconds: float) -> Iterator[Callable[[str, float], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(TextColumn("{task.description:32}"), BarColumn(), TimeRemainingColumn(), console=console, auto_refresh=False) as progress:
+    with Progress(
+        TextColumn("{task.description:32}"), BarColumn(), TimeRemainingColumn(), console=console, auto_refresh=False
+    ) as progress:
         task = progress.add_task("", total=seconds)
         yield lambda name, began: progress.update(task, description=name, completed=time.monotonic() - began, refresh=True)
 
