@@ -207,6 +207,9 @@ class _Whole:
     def tell(self) -> int:
         return self._file.tell()
 
+    def seekable(self) -> bool:
+        return True
+
 
 def _is_plain(member: tarfile.TarInfo) -> bool:
     """A file as `choral backup` writes it: no link or device, and without holes, which could be larger than any disk."""
