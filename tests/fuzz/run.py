@@ -101,7 +101,7 @@ def _load(engine: str) -> None:
     if engine == "atheris":
         import atheris
 
-        with atheris.instrument_imports(include=OURS):
+        with _silence(), atheris.instrument_imports(include=OURS):
             import fuzz.targets  # noqa: F401
     import torch
     from choral import logs
@@ -109,6 +109,17 @@ def _load(engine: str) -> None:
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
     logs.configure("json")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Atheris names each module that it instruments on standard error."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
 
 
 class _Execution:
