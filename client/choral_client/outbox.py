@@ -157,13 +157,13 @@ def _parcel(read: dict[str, Any]) -> Parcel:
     """Raises KeyError, TypeError or ValueError: something is missing, or is not what it should be."""
     header: dict[str, Any] = read["header"]
     plain = {"assignment": str, "client": str, "examples": int, "payload_bytes": int, "offset": int}
-    typed = {
+    typed: dict[str, Any] = {
         "kind": Kind(header["kind"]),
         "digest": bytes.fromhex(header["digest"]),
         "held_out": tuple(_metric(**metric) for metric in header["held_out"]),
         "work": tuple(_metric(**metric) for metric in header["work"]),
     }
-    fields = {name: _typed(kind, header[name]) for name, kind in plain.items()}
+    fields: dict[str, Any] = {name: _typed(kind, header[name]) for name, kind in plain.items()}
     return Parcel(UploadHeader(**fields, **typed), _typed(int, read["round"]))
 
 

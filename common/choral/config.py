@@ -72,10 +72,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """The next node of the file."""
         if self.check_event(yaml.AliasEvent):
-            raise _refused("an alias (*) is not allowed here: write the value again", self.peek_event().start_mark)
+            raise _refused("an alias (*) is not allowed here: write the value again", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
         self._depth += 1
         if self._depth > _DEEPEST:
-            raise _refused(f"more than {_DEEPEST} levels", self.peek_event().start_mark)
+            raise _refused(f"more than {_DEEPEST} levels", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node

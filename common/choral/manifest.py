@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
 
-
 _TOLD_DIMENSIONS, _TOLD = 8, 200  # of an entry: how many dimensions, and characters of a name, are told
 
 

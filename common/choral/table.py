@@ -16,7 +16,6 @@ from torch.utils.data import TensorDataset
 
 from choral.errors import DataError
 
-
 _COLUMNS, _LONGEST_LINE = 10_000, 1 << 20
 _CLASSES = 2**31  # no network tells so many apart
 _TOLD = 100  # of a file's columns, and of each name the characters
@@ -112,7 +111,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     except ImportError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'choral[parquet]'") from error
-    except Exception as error:  # noqa: BLE001 - whatever pyarrow and pandas make of a file that is none
+    except Exception as error:
         if isinstance(error, MemoryError):
             raise
         raise DataError(f"{path}: is not a Parquet file ({error})") from error

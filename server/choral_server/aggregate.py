@@ -72,7 +72,9 @@ class WeightedSum:
             first = file.readline()
             found = np.fromfile(file, dtype="<i8")
         size, cap = self._sum.size, self._cap
-        weight, contained = _about(first, {"size": size, "cap": cap, "crc32": zlib.crc32(found)}) if found.size == size else (0, ())
+        weight, contained = (
+            _about(first, {"size": size, "cap": cap, "crc32": zlib.crc32(found.data)}) if found.size == size else (0, ())
+        )
         if weight < 1:
             raise ValueError(f"{path} is damaged, or not a sum of {size} elements with a weight cap of {cap}")
         self._sum, self._weight = found.astype(np.int64, copy=False), weight

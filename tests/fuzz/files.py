@@ -48,11 +48,10 @@ from choral_server.schedule import next_due
 from choral_server.store import Store
 from choral_server.strategies import ServerOptimizer, load_state, save_state, step
 from choral_server.troubles import Troubles
-from pydantic import BaseModel
-
 from fuzz import network
 from fuzz.house import CONFIG, NOON, TASK, loop
 from fuzz.target import Decode, Make, Target, framed, in_file, in_memory, pieces_of
+from pydantic import BaseModel
 
 # Settings
 

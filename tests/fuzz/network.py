@@ -39,12 +39,11 @@ from choral.v1 import federation_pb2 as pb
 from choral.v1 import model_pb2 as mb
 from choral_client.backoff import Patience
 from choral_client.model_file import ModelFile
+from fuzz.house import CLIENT, TASK, Aborted, Call, Floor, Link, hello, loop
+from fuzz.target import Decode, Make, Target, framed, in_memory, pieces_of
 from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
-
-from fuzz.house import CLIENT, TASK, Aborted, Call, Floor, Link, hello, loop
-from fuzz.target import Decode, Make, Target, framed, in_memory, pieces_of
 
 TOLD = 3000  # characters: twice, and encoded, they must fit into the 8 KiB that gRPC has for the end of a call
 ASSIGNMENT = f"run/0/{CLIENT}/00000000"

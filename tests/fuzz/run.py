@@ -3,8 +3,8 @@
     python tests/fuzz/run.py --seconds 600 [--target NAME]... [--engine atheris|chance]
     python tests/fuzz/run.py --replay out/fuzz/findings/FILE
 
-With atheris (`pip install choral[fuzz]`: CPython 3.11 to 3.13 on Linux x86-64), coverage of our own packages guides it; what it found
-worth keeping is kept in out/fuzz/corpus for the next time. Elsewhere inputs are made as in the tests, by chance.
+With atheris (`pip install choral[fuzz]`: CPython 3.11 to 3.13 on Linux x86-64), coverage of our own packages guides it; what it
+found worth keeping is kept in out/fuzz/corpus for the next time. Elsewhere inputs are made as in the tests, by chance.
 Exit code 1: something was found. The input is in out/fuzz/findings, and the command that shows it again is told.
 """
 
@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -188,7 +189,7 @@ def _keep(name: str, key: str, data: bytes) -> Path:
 def _by_chance(target: Any, one: _Execution) -> NoReturn:
     from fuzz.mutation import mutated
 
-    seeds, chance = [*target.seeds(), *target.hostile()], random.Random()  # noqa: S311
+    seeds, chance = [*target.seeds(), *target.hostile()], random.Random()
     for seed in seeds:
         one(seed)
     while True:
@@ -247,7 +248,7 @@ def _all(wanted: list[str], seconds: float, engine: str) -> int:
     with _bar(console, seconds) as advance:
         for place, name in enumerate(names):
             left_s = began + seconds - time.monotonic()
-            reports[name] = _supervise(name, max(left_s / (len(names) - place), 0.5), engine, lambda: advance(name, began))
+            reports[name] = _supervise(name, max(left_s / (len(names) - place), 0.5), engine, partial(advance, name, began))
     _show(console, reports)
     return int(any(report.findings for report in reports.values()))
 
@@ -307,7 +308,7 @@ def _in_child(name: str, until: float, engine: str, log: Path) -> NoReturn:
         os.dup2(output, 1)
         os.dup2(output, 2)
         _fuzz(name, until, engine)
-    except BaseException:
+    except BaseException:  # noqa: BLE001
         os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(70)

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from choral.errors import ChoralError
-
 from fuzz.watch import Watch
 
 Decode = Callable[[bytes], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
@@ -168,10 +169,8 @@ def _in_a_thread(doing: Callable[[], object]) -> None:
 
 
 def _quietly(doing: Callable[[], object]) -> None:
-    try:
+    with contextlib.suppress(Finding):
         doing()
-    except Finding:
-        pass
 
 
 def test_an_input_that_takes_for_ever_is_caught() -> None:

@@ -134,7 +134,7 @@ _HOOK = _Hook()
 
 
 class Watch:
-    """Runs a decoder under all detectors. `folder`: what it may write; `allowed`: how it may say no; `memory_bytes`: what it may take."""
+    """Runs a decoder under all detectors: it may write `folder`, say no with what is `allowed`, and take so much memory."""
 
     def __init__(
         self,

@@ -153,8 +153,6 @@ class Backup:
                 raise ValueError(f"{row['name']!r} is no name of a run")
             self.runs.append(row)
         elif table is VERSIONS:
-            if row["run"] not in {run["name"] for run in self.runs}:  # it becomes a folder, too
-                raise ValueError(f"it holds a version of {row['run']!r}, and no such run")
             version = KeptVersion(row["run"], row["number"], row["digest"], row["size_bytes"])
             if version.weights not in self.files:
                 return
@@ -165,6 +163,8 @@ class Backup:
     def _check_runs(self) -> None:
         if not self.runs:
             raise ValueError("it holds no run")
+        if strange := {version.run for version in self.versions} - {run["name"] for run in self.runs}:
+            raise ValueError(f"it holds a version of {min(strange)!r}, and no such run")  # which becomes a folder, too
         if missing := set(needed_versions(self.runs)) - {version.key for version in self.versions}:
             run, number = min(missing)
             raise ValueError(f"version {number} of run {run} is not in it")
@@ -192,7 +192,7 @@ class Backup:
 
 
 class _Whole:
-    """A file of `size` bytes of which nobody reads more than there is, however much a header promises: nor is that much reserved."""
+    """A file of `size` bytes of which nobody reads more than there is, whatever a header promises: nor is that much reserved."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file = file
