@@ -522,8 +522,10 @@ def changed(content: dict[str, bytes], file: str, /, **fields: object) -> dict[s
 
 def escaping(content: dict[str, bytes]) -> dict[str, bytes]:
     """With a version of a run that is none, whose file would come to lie outside the state folder."""
-    row = json.loads(content["tables/versions.jsonl"].splitlines()[0])
-    weights = next(c for c in content.values() if hashlib.sha256(c).hexdigest() == row["digest"])
+    rows = [json.loads(line) for line in content["tables/versions.jsonl"].splitlines()]
+    kept = {hashlib.sha256(file).hexdigest(): file for file in content.values()}
+    row = next(row for row in rows if row["digest"] in kept)
+    weights = kept[row["digest"]]
     strange = json.dumps(row | {"run": "../../etc"}).encode() + b"\n"
     name = f"runs/../../etc/versions/{row['number']:06d}.safetensors"
     return {**content, name: weights, "tables/versions.jsonl": content["tables/versions.jsonl"] + strange}
