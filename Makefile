@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test chaos lint protos bench wheel clean
+.PHONY: demo test chaos fuzz lint protos bench wheel clean
 
 demo: $(READY)
 	$(BIN)/choral demo --out out
@@ -16,6 +16,11 @@ test: $(READY)
 SEEDS ?= 100-199
 chaos: $(READY)
 	CHORAL_CHAOS_SEEDS=$(SEEDS) $(BIN)/pytest tests/e2e/test_chaos.py
+
+# Hostile bytes, guided by coverage where atheris is installed (CPython on Linux x86-64), shared by all decoders: make fuzz FUZZ_S=60
+FUZZ_S ?= 600
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_S)
 
 # Reinstalls only when what is to be installed has changed.
 $(READY): pyproject.toml deploy/constraints.txt

@@ -8,6 +8,7 @@ from pathlib import Path
 from choral.errors import Declined
 from choral.flat import DTYPES
 from choral.manifest import Manifest
+from choral.wire import brief
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
@@ -43,7 +44,7 @@ class Expected:
         """The tensors. Nothing in the file is run: it is never unpickled. Raises Declined as `check`."""
         try:
             tensors = load(content)
-        except (SafetensorError, KeyError) as error:  # KeyError: a type of numbers that torch does not have
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # of a type that torch lacks, or a size
             raise _not_safetensors(error) from error
         self._compare({name: f"{DTYPES.get(one.dtype, one.dtype)} {list(one.shape)}" for name, one in tensors.items()})
         return tensors
@@ -58,4 +59,4 @@ class Expected:
 
 
 def _not_safetensors(error: Exception) -> Declined:
-    return Declined(f"the version is no safetensors file ({error}): nothing else is opened here")
+    return Declined(f"the version is no safetensors file ({brief(str(error))}): nothing else is opened here")

@@ -12,6 +12,7 @@ from choral.errors import ConfigError
 
 log = structlog.get_logger()
 _NAME = "status.json"
+_LATEST = 2**53  # seconds since 1970 of which a float is exact
 
 
 class Diary:
@@ -36,12 +37,18 @@ class Diary:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The last note and its age in seconds, `age_s`. Raises ConfigError: there is none."""
+    """The last note and its age in seconds, `age_s`. Raises ConfigError: there is none, or it is damaged."""
     path = folder / _NAME
     try:
         note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(note["doing"], str) and isinstance(note["at"], int | float) and abs(note["at"]) < _LATEST):
+            raise ValueError("it does not say what the client does, or when that was")
+        return note | {"age_s": round(time.time() - note["at"], 1)}
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: does not exist; no client has run with this state folder") from error
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): give the client's state folder") from error
+    except KeyError as error:
+        raise ConfigError(f"{path}: is damaged (it has no {error}): start the client again") from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: is damaged ({error}): start the client again") from error
-    return note | {"age_s": round(time.time() - note["at"], 1)}

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from choral.durable import remove_leftovers, sync_folder, write_durably
@@ -20,6 +20,8 @@ from choral.metrics import Metric
 from choral.plan import Kind
 
 log = structlog.get_logger()
+T = TypeVar("T")
+_INT_BITS = 63  # and the sign
 KEPT = 4  # each is as large as the model, and the older a result is, the less likely is it still wanted
 _PREFIX = struct.Struct("<8s32sI")  # magic, SHA-256 of the header, its length; then the header (JSON) and the payload
 _MAGIC = b"choral-1"
@@ -144,7 +146,7 @@ def _read(path: Path) -> tuple[Parcel, memoryview]:
         raise ValueError("its header does not match its checksum")
     try:
         parcel = _parcel(json.loads(bytes(header)))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"its header is of another release ({error})") from None
     if len(payload) != parcel.header.payload_bytes:
         raise ValueError(f"it holds {len(payload)} of {parcel.header.payload_bytes} bytes")
@@ -152,14 +154,32 @@ def _read(path: Path) -> tuple[Parcel, memoryview]:
 
 
 def _parcel(read: dict[str, Any]) -> Parcel:
+    """Raises KeyError, TypeError or ValueError: something is missing, or is not what it should be."""
     header: dict[str, Any] = read["header"]
-    typed = {
+    plain = {"assignment": str, "client": str, "examples": int, "payload_bytes": int, "offset": int}
+    typed: dict[str, Any] = {
         "kind": Kind(header["kind"]),
         "digest": bytes.fromhex(header["digest"]),
-        "held_out": tuple(Metric(**metric) for metric in header["held_out"]),
-        "work": tuple(Metric(**metric) for metric in header["work"]),
+        "held_out": tuple(_metric(**metric) for metric in header["held_out"]),
+        "work": tuple(_metric(**metric) for metric in header["work"]),
     }
-    return Parcel(UploadHeader(**header | typed), read["round"])
+    fields: dict[str, Any] = {name: _typed(kind, header[name]) for name, kind in plain.items()}
+    return Parcel(UploadHeader(**fields, **typed), _typed(int, read["round"]))
+
+
+def _metric(name: Any, value: Any, examples: Any) -> Metric:
+    return Metric(_typed(str, name), float(value), _typed(int, examples))
+
+
+def _typed(kind: type[T], value: Any) -> T:
+    """The value, as a message can hold it. Raises TypeError or ValueError."""
+    if type(value) is not kind:
+        raise TypeError(f"{str(value)[:80]!r} is no {kind.__name__}")
+    if isinstance(value, str):
+        value.encode()
+    if isinstance(value, int) and value.bit_length() > _INT_BITS:
+        raise ValueError(f"a number of {value.bit_length()} bits")
+    return value
 
 
 def _discard(path: Path, reason: str) -> None:

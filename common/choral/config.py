@@ -22,6 +22,9 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+_LONGEST_BYTES = 1 << 16
+_DEEPEST = 32  # levels
+_NUMBER_BITS = 63  # with the sign, what databases and torch can hold
 
 
 def read(path: Path, kind: type[S]) -> S:
@@ -32,13 +35,17 @@ def read(path: Path, kind: type[S]) -> S:
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError: the file is missing, is not YAML, or holds something else."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content_bytes = file.read(_LONGEST_BYTES + 1)
+        text = content_bytes.decode("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}): give the path of a YAML file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    if len(content_bytes) > _LONGEST_BYTES:
+        raise ConfigError(f"{path}: is longer than {_LONGEST_BYTES} bytes: give the path of a configuration")
     try:
-        content = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that also refuses duplicate keys
+        content = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader that refuses more
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not valid YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
@@ -55,17 +62,58 @@ def parse(content: dict[str, Any], kind: type[S], source: str) -> S:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML would silently keep the last."""
+    """Refuses a key that stands twice in one mapping, of which YAML would silently keep the last; and what no configuration needs.
+
+    That is: a key that is no text, more than `_DEEPEST` levels, and aliases, with which a few lines become billions of values.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node of the file."""
+        if self.check_event(yaml.AliasEvent):
+            raise _refused("an alias (*) is not allowed here: write the value again", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise _refused(f"more than {_DEEPEST} levels", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping."""
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _refused("a key must be a name", key_node.start_mark)
             if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value} stands twice: remove one", key_node.start_mark
-                )
+                raise _refused(f"the key {key_node.value} stands twice: remove one", key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Any value. PyYAML's own readers of numbers and dates raise what they like."""
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            raise _refused(f"this cannot be read ({error}): write it in quotes if it is meant as text", node.start_mark) from error
+        if isinstance(value, int) and value.bit_length() > _NUMBER_BITS:
+            raise _refused(f"a number of {value.bit_length()} bits; at most {_NUMBER_BITS} are possible", node.start_mark)
+        if isinstance(value, str) and not (value.isprintable() or _is_text(value)):
+            raise _refused("a text with a NUL, or half a character", node.start_mark)
+        return value
+
+
+def _is_text(value: str) -> bool:
+    """Whether a file, a database or a terminal can hold it."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def _refused(what: str, mark: yaml.Mark) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, mark)
 
 
 def _explain(source: str, kind: type[BaseModel], error: ErrorDetails) -> str:

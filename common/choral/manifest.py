@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
 
+_TOLD_DIMENSIONS, _TOLD = 8, 200  # of an entry: how many dimensions, and characters of a name, are told
+
 
 class EntryKind(enum.Enum):
     """What federated averaging does with a tensor."""
@@ -33,7 +35,9 @@ class Entry:
         return math.prod(self.shape)
 
     def __str__(self) -> str:
-        return f"{self.name} {self.dtype} {list(self.shape)} ({self.kind.value})"
+        """For people, and in few words: a stranger's entry may have a name, or dimensions, by the million."""
+        shape = f"{list(self.shape)}" if len(self.shape) <= _TOLD_DIMENSIONS else f"[{len(self.shape)} dimensions]"
+        return f"{_brief(self.name)} {_brief(self.dtype)} {shape} ({self.kind.value})"
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,7 @@ def first_difference(ours: Manifest, theirs: Manifest) -> str | None:
         if mine != other:
             return f"entry {index} is {other or 'missing'} where {mine or 'nothing'} is expected"
     return None
+
+
+def _brief(name: str) -> str:
+    return name if len(name) <= _TOLD else f"{name[: _TOLD - 1]}…"

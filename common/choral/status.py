@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -59,12 +61,13 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str) -> ChoralError:
 
 def reason_of(error: Any) -> str | None:
     """The name of the `ChoralError` behind a failed call; None: it does not say."""
-    for key, value in error.trailing_metadata() or ():
-        if key != "grpc-status-details-bin":
-            continue
-        status = status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode())
-        info = error_details_pb2.ErrorInfo()
-        for detail in status.details:
-            if detail.Unpack(info) and info.domain == DOMAIN:
-                return str(info.reason)
+    with suppress(DecodeError):
+        for key, value in error.trailing_metadata() or ():
+            if key != "grpc-status-details-bin":
+                continue
+            status = status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode())
+            info = error_details_pb2.ErrorInfo()
+            for detail in status.details:
+                if detail.Unpack(info) and info.domain == DOMAIN:
+                    return str(info.reason)
     return None

@@ -16,6 +16,10 @@ from torch.utils.data import TensorDataset
 
 from choral.errors import DataError
 
+_COLUMNS, _LONGEST_LINE = 10_000, 1 << 20
+_CLASSES = 2**31  # no network tells so many apart
+_TOLD = 100  # of a file's columns, and of each name the characters
+
 
 @dataclass(frozen=True)
 class Table:
@@ -38,8 +42,8 @@ class Table:
         y = numbers[:, -1]
         if self.kind == "number":
             return TensorDataset(x, torch.from_numpy(y.astype(np.float32)[:, None]))
-        if (y != np.floor(y)).any() or (y < 0).any():
-            row = int(np.flatnonzero((y != np.floor(y)) | (y < 0))[0])
+        if (bad := (y != np.floor(y)) | (y < 0) | (y >= _CLASSES)).any():
+            row = int(np.flatnonzero(bad)[0])
             raise DataError(f"{path}: row {row + 1}, column {self.target}: {y[row]} is no class; write 0, 1, 2, …")
         return TensorDataset(x, torch.from_numpy(y.astype(np.int64)))
 
@@ -47,14 +51,20 @@ class Table:
         columns = [*self.features, self.target]
         missing = [name for name in columns if name not in frame.columns]
         if missing:
-            raise DataError(f"{path}: column {missing[0]} is missing; the file has {', '.join(map(str, frame.columns))}")
-        numbers: NDArray[np.float64] = frame[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+            there = ", ".join(str(name)[:_TOLD] for name in frame.columns[:_TOLD])
+            raise DataError(f"{path}: column {missing[0]} is missing; the file has {there}")
+        if len(frame.columns) != len(set(frame.columns)):
+            raise DataError(f"{path}: two of its columns have the same name: rename or remove one")
+        try:
+            numbers: NDArray[np.float64] = frame[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+        except (TypeError, ValueError, OverflowError) as error:  # lists, say, or dates
+            raise DataError(f"{path}: a column holds what is no number ({error}): write numbers") from error
         with np.errstate(over="ignore"):
             bad = np.argwhere(~np.isfinite(numbers.astype(np.float32)))
         if len(bad):
             row, column = map(int, bad[0])
             cell = frame[columns].iat[row, column]
-            shown = repr(cell) if isinstance(cell, str) else str(cell)
+            shown = repr(cell[:_TOLD]) if isinstance(cell, str) else str(cell)[:_TOLD]
             what = "does not fit in float32" if np.isfinite(numbers[row, column]) else "is not a finite number"
             said = "is empty" if frame[columns].isna().iat[row, column] else f"holds {shown}, which {what}"
             raise DataError(f"{path}: row {row + 1}, column {columns[column]} {said}: fill it in or remove the row")
@@ -79,6 +89,9 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
+    with path.open("rb") as file:
+        if file.readline(_LONGEST_LINE).count(b",") >= _COLUMNS:  # pandas takes for ever to tell apart so many of one name
+            raise DataError(f"{path}: has more than {_COLUMNS} columns; is it a table?")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -98,5 +111,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     except ImportError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'choral[parquet]'") from error
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if isinstance(error, MemoryError):
+            raise
         raise DataError(f"{path}: is not a Parquet file ({error})") from error

@@ -253,7 +253,9 @@ def from_client_from_pb(message: pb.AttendRequest) -> FromClient:
                 )
             task, version, software = brief(h.task), brief(h.task_version), brief(h.software)
             manifest = manifest_from_pb(h.manifest)
-            return Hello(h.protocol_version, h.client, h.instance, task, version, manifest, h.examples, software, head_from_pb(h))
+            return Hello(
+                h.protocol_version, h.client, brief(h.instance), task, version, manifest, h.examples, software, head_from_pb(h)
+            )
         case "status":
             s = message.status
             return Status(brief(s.assignment), _known(_PHASES_BACK, s.phase, "phase"), brief(s.reason))

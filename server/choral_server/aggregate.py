@@ -71,10 +71,23 @@ class WeightedSum:
         with path.open("rb") as file:
             first = file.readline()
             found = np.fromfile(file, dtype="<i8")
-        about = json.loads(first) if first.startswith(b"{") else {}
         size, cap = self._sum.size, self._cap
-        expected = {"size": size, "cap": cap, "crc32": zlib.crc32(found.data.cast("B"))}
-        if found.size != size or not expected.items() <= about.items():
+        weight, contained = (
+            _about(first, {"size": size, "cap": cap, "crc32": zlib.crc32(found.data)}) if found.size == size else (0, ())
+        )
+        if weight < 1:
             raise ValueError(f"{path} is damaged, or not a sum of {size} elements with a weight cap of {cap}")
-        self._sum, self._weight = found.astype(np.int64, copy=False), about["weight"]
-        self.contained = frozenset(about["contained"])
+        self._sum, self._weight = found.astype(np.int64, copy=False), weight
+        self.contained = frozenset(contained)
+
+
+def _about(line: bytes, expected: dict[str, int]) -> tuple[int, list[str]]:
+    """What the first line of a sum says of it: its weight, and what it contains; (0, []) if it says anything else."""
+    try:
+        about = json.loads(line)
+        weight, contained = about["weight"], about["contained"]
+        mine = {name: about[name] for name in expected}
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return 0, []
+    named = isinstance(contained, list) and all(isinstance(name, str) for name in contained)
+    return (weight, contained) if mine == expected and named and isinstance(weight, int) and weight <= 2**62 else (0, [])

@@ -55,7 +55,8 @@ def _check_metrics(client: str, measured: Sequence[Metric], known: Collection[st
     for metric in measured:
         name = metric.name[:_NAME]
         if metric.name not in left or name != metric.name:
-            raise UpdateRefused(f"{client} measured {name!r}, which was not asked for, or twice; the task has {', '.join(known)}")
+            told = ", ".join(one[:_NAME] for one in known)  # of its work a client names all itself
+            raise UpdateRefused(f"{client} measured {name!r}, which was not asked for, or twice; the task has {told}")
         left.remove(metric.name)
         if not 1 <= metric.examples <= MAX_EXAMPLES:
             raise UpdateRefused(f"{client} measured {name} on {metric.examples} examples; 1 to {MAX_EXAMPLES} are allowed")

@@ -16,7 +16,6 @@ from choral.metrics import Metric, weighted_mean
 from choral.plan import Kind, Plan, digest_of
 from choral.statistics import merge_all
 from choral.task import Task
-from safetensors.numpy import load, save
 from torch.utils.data import Dataset
 
 from choral_server import objective
@@ -31,7 +30,7 @@ from choral_server.records import OVER, EventRecord, Origin, Record, RunRecord, 
 from choral_server.rounds import PartState, Round, published
 from choral_server.statistics_sum import StatisticsSum
 from choral_server.store import Store
-from choral_server.strategies import State, step
+from choral_server.strategies import State, load_state, save_state, step
 from choral_server.troubles import Troubles
 
 Aggregate = WeightedSum | StatisticsSum | None
@@ -294,7 +293,7 @@ class Run:
 
     async def _write(self, made: Made, number: int, now: datetime, parent: Origin | None) -> VersionRecord:
         """Write a version's files. Nobody knows of it yet, and until somebody does it can be written again."""
-        state = save(made.state) if made.state else None
+        state = save_state(made.state) if made.state else None
         version = await patiently(self._troubles, ARTIFACTS, lambda: self.checkpoints.write(number, made.content, state))
         return VersionRecord(self.record.name, version, self.checkpoints.location(number), now, parent=parent)
 
@@ -314,8 +313,10 @@ class Run:
 
     async def _load(self, number: int) -> None:
         path, state = await self.checkpoints.fetch(number), await self.checkpoints.optimizer(number)
+        source = f"run {self.record.name}: the optimizer's state of version {number}"
+        after = load_state(state, self.model.manifest.size, source) if state is not None else {}
         self.model.load(path)  # only now, with both at hand: the model and the state belong together
-        self._state = load(state) if state is not None else {}
+        self._state = after
 
     def _content(self, number: int) -> bytes:
         record = self.record

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 class Schedule(Settings):
     """Opens rounds at an interval or by a cron expression; with neither, as soon as a quorum attends."""
 
-    interval_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    interval_s: Annotated[float, Field(gt=0, le=31_536_000, allow_inf_nan=False)] | None = None
     """seconds from the opening of one round to the opening of the next"""
     cron: str | None = None
     """five cron fields, for example "0 3 * * *" for three o'clock each night"""
@@ -30,9 +30,12 @@ class Schedule(Settings):
         if self.cron is not None:
             if len(self.cron.split()) > 5:  # a sixth would mean seconds, or years
                 raise ValueError(f"{self.cron!r} is no cron expression; write five fields: minute, hour, day, month, weekday")
+            now = datetime.now(self.zone)
             try:
-                CronSim(self.cron, datetime.now(self.zone))
-            except CronSimError as error:
+                next(CronSim(self.cron, now))
+            except StopIteration:
+                raise ValueError(f"{self.cron!r} means no day that there is in the next 50 years") from None
+            except (CronSimError, ValueError, OverflowError) as error:
                 raise ValueError(f"{self.cron!r} is no cron expression ({error}); five fields such as '0 3 * * *'") from error
         return self
 

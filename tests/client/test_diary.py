@@ -50,3 +50,12 @@ def test_a_damaged_note(tmp_path: Path, damage: str) -> None:
     (tmp_path / "status.json").write_text(damage)
     with pytest.raises(ConfigError, match=r"status\.json: is damaged \(.*\): start the client again"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("note", ["[]", "7", "{}", '{"doing": "x"}', '{"doing": 1, "at": 1}', "[" * 100_000])
+@pytest.mark.parametrize("at", ["NaN", "Infinity", "null", '"x"', "9" * 4000, "9" * 5000])
+def test_a_note_that_is_valid_and_no_note(tmp_path: Path, note: str, at: str) -> None:
+    for content in (note, f'{{"doing": "x", "at": {at}}}'):
+        (tmp_path / "status.json").write_text(content)
+        with pytest.raises(ConfigError, match="is damaged"):
+            read(tmp_path)

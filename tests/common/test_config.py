@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import pytest
-from choral.config import Settings, parse, read
+from choral.config import Settings, parse, read, read_mapping
 from choral.errors import ConfigError
 from pydantic import Field, ValidationError, model_validator
 
@@ -123,3 +123,36 @@ def test_refuses_text_in_another_encoding(tmp_path: Path) -> None:
 def test_values_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         parse({"water_l": 1.0}, Kettle, "k.yaml").water_l = 2.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"a: " + b"[" * 10_000, "more than 32 levels"),
+        (b"a: " + b"{a: " * 10_000, "more than 32 levels"),
+        (b"a: &a {x: 1}\nb: {<<: [*a, *a]}", "an alias"),  # by nine at a time, ten lines are billions
+        (b"a: &x [*x]", "an alias"),
+        (b"? [a]\n: b", "a key must be a name"),
+        (b"a: 2001-99-99", "this cannot be read"),
+        (b"a: !!int ''", "this cannot be read"),
+        (b"a: !!timestamp x", "this cannot be read"),
+        (b"a: " + b"1" * 5000, "this cannot be read"),
+        (b"a: 0x" + b"f" * 5000, "a number of 20000 bits"),
+        (b"a: 1" + b":59" * 50, "bits; at most 63"),
+        (b'a: "\\ud800"', "half a character"),
+        (b'a: "x\\0"', "a NUL"),
+        (b"!!python/object/apply:os.system [true]", "could not determine a constructor"),
+    ],
+)
+def test_hostile_yaml_is_refused_in_words(tmp_path: Path, content: bytes, told: str) -> None:
+    path = tmp_path / "hostile.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=told):
+        read_mapping(path)
+
+
+def test_a_file_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.yaml"
+    path.write_bytes(b"a: 1\n" + b"#" * (1 << 16))
+    with pytest.raises(ConfigError, match="is longer than 65536 bytes"):
+        read_mapping(path)

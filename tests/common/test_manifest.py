@@ -58,3 +58,11 @@ def test_the_first_difference_is_named(theirs: tuple[Entry, ...], told: str) -> 
 
 def test_another_offset_is_a_difference() -> None:
     assert first_difference(OURS, Manifest((WEIGHT, replace(BIAS, offset=1), STEPS))) is not None
+
+
+def test_a_strangers_entry_is_told_in_few_words() -> None:
+    long = Entry("x" * 10_000, "y" * 10_000, (1,) * 10_000, 0, EntryKind.AVERAGED)
+    told = first_difference(Manifest(()), Manifest((long,)))
+    assert told is not None
+    assert len(told) < 600
+    assert "[10000 dimensions]" in told

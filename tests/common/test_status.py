@@ -10,6 +10,8 @@ from choral.errors import ChoralError, Refused, Unreachable
 from choral.status import abort, from_rpc
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
+from google.protobuf import any_pb2
+from google.rpc import status_pb2
 
 TREE = [kind for kind in vars(choral.errors).values() if isinstance(kind, type) and issubclass(kind, ChoralError)]
 MESSAGE = 'shard "naïve": 3 cells – 50 % – are empty;\nfill them in 🙂'
@@ -101,3 +103,12 @@ async def test_nobody_there_is_worth_another_try() -> None:
         error = await _raised(address, _upload)
     assert type(error) is Unreachable
     assert str(error).startswith(f"no coordinator answers at {address}")
+
+
+def test_the_end_of_a_call_that_cannot_be_read_is_a_broken_link() -> None:
+    """A proxy, or whoever claims to be the coordinator, may send anything: once it ended the client with a DecodeError."""
+    unreadable = any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")
+    for details in (b"\xff", status_pb2.Status(details=[unreadable]).SerializeToString()):
+        trailing = grpc.aio.Metadata(("grpc-status-details-bin", details))
+        error = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), trailing, "gone")
+        assert isinstance(from_rpc(error, "here:1"), Unreachable)

@@ -147,3 +147,25 @@ def test_refuses_empty_cells_and_rows_in_parquet_too(tmp_path: Path) -> None:
 def test_a_frame_holds_all_columns(tmp_path: Path) -> None:
     frame = read_frame(_file(tmp_path, "price,street\n24,Elm\n"))
     assert frame.to_dict("records") == [{"price": 24, "street": "Elm"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("a,b,y\n1,2,1e30\n", "is no class"),
+        (",".join(["c"] * 20_000) + "\n1\n", "has more than 10000 columns"),
+    ],
+)
+def test_a_hostile_table_is_refused(tmp_path: Path, content: str, told: str) -> None:
+    path = tmp_path / "hostile.csv"
+    path.write_text(content)
+    with pytest.raises(DataError, match=told):
+        Table(["a", "b"], target="y", kind="class")(path)
+
+
+def test_what_a_table_holds_is_told_in_few_words(tmp_path: Path) -> None:
+    path = tmp_path / "hostile.csv"
+    path.write_text(f"a,b,y\n{'x' * 100_000},2,0\n")
+    with pytest.raises(DataError) as refused:
+        Table(["a", "b"], target="y")(path)
+    assert len(str(refused.value)) < 1000

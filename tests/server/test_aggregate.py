@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
@@ -148,3 +149,24 @@ def test_a_sum_that_is_damaged_or_of_something_else_is_not_taken_for_one(spool: 
     path.write_bytes(changed.get(damage, content))
     with pytest.raises(ValueError):
         WeightedSum(4 if damage == "size" else 3, 5 if damage == "cap" else CAP).load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weight": 0}, {"weight": "1"}, {"weight": None}, {"contained": 1}, {"contained": [[1]]}, {"size": []}, {"more": 1}],
+)
+def test_a_sum_whose_first_line_says_something_else_is_damaged(tmp_path: Path, change: dict[str, object]) -> None:
+    (tmp_path / "update").write_bytes(np.ones(2, "<f4").tobytes())
+    whole = WeightedSum(2, 10)
+    whole.fold(Part("a", "alice", examples=5), tmp_path / "update")
+    whole.save(tmp_path / "sum")
+    line, _, content = (tmp_path / "sum").read_bytes().partition(b"\n")
+    said = json.loads(line)
+    for about in (json.dumps(said | change).encode(), json.dumps({"size": 2, "cap": 10}).encode(), b"[" * 100_000, b""):
+        (tmp_path / "sum").write_bytes(about + b"\n" + content)
+        if change != {"more": 1} or about[:9] != line[:9]:
+            with pytest.raises(ValueError, match="is damaged"):
+                WeightedSum(2, 10).load(tmp_path / "sum")
+    (tmp_path / "sum").write_bytes(b"")
+    with pytest.raises(ValueError, match="is damaged"):
+        WeightedSum(2, 10).load(tmp_path / "sum")

@@ -522,6 +522,17 @@ def changed(content: dict[str, bytes], file: str, /, **fields: object) -> dict[s
     return {**content, file: b"\n".join([json.dumps(json.loads(first) | fields).encode(), *others])}
 
 
+def escaping(content: dict[str, bytes]) -> dict[str, bytes]:
+    """With a version of a run that is none, whose file would come to lie outside the state folder."""
+    rows = [json.loads(line) for line in content["tables/versions.jsonl"].splitlines()]
+    kept = {hashlib.sha256(file).hexdigest(): file for file in content.values()}
+    row = next(row for row in rows if row["digest"] in kept)
+    weights = kept[row["digest"]]
+    strange = json.dumps(row | {"run": "../../etc"}).encode() + b"\n"
+    name = f"runs/../../etc/versions/{row['number']:06d}.safetensors"
+    return {**content, name: weights, "tables/versions.jsonl": content["tables/versions.jsonl"] + strange}
+
+
 TAMPERED: list[tuple[str, Callable[[dict[str, bytes]], dict[str, bytes]]]] = [
     (
         r"in format 2, and this release \(.*\) reads up to 1: restore it with that release",
@@ -537,6 +548,7 @@ TAMPERED: list[tuple[str, Callable[[dict[str, bytes]], dict[str, bytes]]]] = [
     (r"is damaged \(.*000003.safetensors is another", lambda c: {**c, "runs/run/versions/000003.safetensors": b"other"}),
     (r"is damaged \('../../etc' is no name of a run", lambda c: changed(c, "tables/runs.jsonl", name="../../etc")),
     (r"is damaged \(a row of clients has other columns", lambda c: changed(c, "tables/clients.jsonl", more=1)),
+    (r"is damaged \(it holds a version of '../../etc', and no such run", lambda c: escaping(c)),
     (r"is damaged \(it holds no run", lambda c: {**c, "tables/runs.jsonl": b""}),
     (r"is damaged", lambda c: changed(c, "tables/runs.jsonl", started_at="yesterday")),
 ]

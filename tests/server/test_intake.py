@@ -139,3 +139,10 @@ def test_an_update_up_to_the_largest_norm_is_admitted_and_no_further(tmp_path: P
     check_payload(HEADER, path, Bounds(2, max_norm=norm * 1.000001))
     with pytest.raises(UpdateRefused, match=r"the update of alice has a norm of 3072.01, over run.max_update_norm 3072: lower"):
         check_payload(HEADER, path, Bounds(2, max_norm=3072.0))
+
+
+def test_the_names_that_a_client_gives_are_not_repeated_by_the_yard() -> None:
+    header = replace(HEADER, work=tuple(Metric("x" * 10_000, 1.0, 1) for _ in range(32)))
+    with pytest.raises(UpdateRefused) as refused:
+        check_header(header, Kind.TRAINING, 4000, ("loss",))
+    assert len(str(refused.value)) < 3000

@@ -108,3 +108,13 @@ def test_refuses_a_field_for_seconds() -> None:
 def test_refuses_an_interval_that_is_none(interval_s: object) -> None:
     with pytest.raises(ValidationError, match="interval_s"):
         Schedule(interval_s=interval_s)  # type: ignore[arg-type]
+
+
+def test_a_cron_expression_that_never_comes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no day that there is|is no cron expression"):
+        Schedule(cron="0 0 31 2,4,6 *")
+
+
+def test_an_interval_beyond_all_dates_is_refused() -> None:
+    with pytest.raises(ValueError, match="less than or equal to 31536000"):
+        Schedule(interval_s=1e300)

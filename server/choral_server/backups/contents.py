@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import sqlalchemy as sa
 from alembic.config import Config
@@ -33,6 +33,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from choral_server.config import ServerConfig
 from choral_server.tables import LEASES, METADATA, Metrics, Moment, Row
 
+T = TypeVar("T")
 FORMAT = 1
 Progress = Callable[[int, int], None]
 """called with the bytes done and the bytes in all"""
@@ -103,7 +104,7 @@ def _plain(value: Any) -> Any:
 
 
 def _decode(table: Table, line: bytes) -> Row:
-    """Raises ValueError, TypeError or KeyError: it is no row of that table."""
+    """Raises ValueError, TypeError, KeyError, OverflowError or RecursionError: it is no row of that table."""
     content = json.loads(line)
     if set(content) != set(table.c.keys()):
         raise ValueError(f"a row of {table.name} has other columns")
@@ -111,18 +112,39 @@ def _decode(table: Table, line: bytes) -> Row:
 
 
 def _value(column: sa.Column[Any], plain: Any) -> Any:
-    if plain is None:
+    if plain is None and column.nullable:
         return None
     match column.type:
         case Moment():
-            return datetime.fromisoformat(plain)
+            moment = datetime.fromisoformat(plain)
+            if moment.tzinfo is None:
+                raise ValueError(f"{column.name} {plain!r} has no time zone")
+            return moment
         case Metrics():
-            return tuple(Metric(name, float(number), examples) for name, number, examples in plain)
+            return tuple(Metric(_typed(str, name), float(number), _whole(examples)) for name, number, examples in plain)
         case sa.LargeBinary():
             return bytes.fromhex(plain)
         case sa.Double():
             return float(plain)
+        case sa.Boolean():
+            return _typed(bool, plain)
+        case sa.Integer():
+            return _whole(plain)
+    return _typed(str, plain)
+
+
+def _typed(kind: type[T], plain: Any) -> T:
+    """SQLite would keep anything in any column, and the coordinator find it there later."""
+    if type(plain) is not kind:
+        raise TypeError(f"{str(plain)[:80]!r} is no {kind.__name__}")
     return plain
+
+
+def _whole(plain: Any) -> int:
+    number = _typed(int, plain)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"a number of {number.bit_length()} bits")
+    return number
 
 
 def rows_in(table: Table, file: IO[bytes]) -> Iterator[Row]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from choral import __version__
 from choral.errors import ConfigError
@@ -59,10 +60,12 @@ class Backup:
         with ExitStack() as stack:
             try:
                 file = stack.enter_context(path.open("rb"))
-                tar = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
+                whole = cast(IO[bytes], _Whole(file, file.seek(0, os.SEEK_END)))
+                file.seek(0)
+                tar = stack.enter_context(tarfile.open(fileobj=whole, mode="r:"))
             except OSError as error:
                 raise ConfigError(f"{path} cannot be read ({error.strerror}): give a file that `choral backup` wrote") from error
-            except tarfile.TarError as error:
+            except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
                 raise _no_backup(path) from error
             backup = cls(path, file, tar, progress)
             with backup._reading():
@@ -105,13 +108,13 @@ class Backup:
 
     def _verify(self) -> None:
         first = self._tar.next()
-        if first is None or first.name != ABOUT:
+        if first is None or first.name != ABOUT or not _is_plain(first):
             raise _no_backup(self.path)
         with self._member_content(first) as content:
             about = json.load(content)
         self._check(about)
         self.taken_at = datetime.fromisoformat(about["taken_at"])
-        self._members = {member.name: member for member in self._tar if member.isreg()}
+        self._members = {member.name: member for member in self._tar if _is_plain(member)}
         with self._member(CONTENTS) as content:
             contents = json.load(content)["files"]
         versions = {name: found["size"] for name, found in contents.items() if name.startswith("runs/")}
@@ -170,6 +173,8 @@ class Backup:
     def _check_runs(self) -> None:
         if not self.runs:
             raise ValueError("it holds no run")
+        if strange := {version.run for version in self.versions} - {run["name"] for run in self.runs}:
+            raise ValueError(f"it holds a version of {min(strange)!r}, and no such run")  # which becomes a folder, too
         if missing := set(needed_versions(self.runs)) - {version.key for version in self.versions}:
             run, number = min(missing)
             raise ValueError(f"version {number} of run {run} is not in it")
@@ -189,11 +194,36 @@ class Backup:
             yield
         except KeyError as error:
             raise self._damaged(f"it has no {error.args[0]}: was it cut off?") from error
-        except (OSError, tarfile.TarError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, tarfile.TarError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise self._damaged(str(error)) from error
 
     def _damaged(self, why: str) -> ConfigError:
         return ConfigError(f"{self.path} is damaged ({why}): copy it again from where it was written, or give an earlier backup")
+
+
+class _Whole:
+    """A file of `size` bytes of which nobody reads more than there is, whatever a header promises: nor is that much reserved."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file = file
+        self._size = size
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(max(0, min(size, self._size - self._file.tell())))
+
+    def seek(self, offset: int) -> int:
+        return self._file.seek(offset)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """A file as `choral backup` writes it: no link or device, and without holes, which could be larger than any disk."""
+    return member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
 
 
 def _no_backup(path: Path) -> ConfigError:

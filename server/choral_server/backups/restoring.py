@@ -177,8 +177,17 @@ class _Restoration:
                 )
 
     async def write_rows(self, lease: Lease) -> None:
-        """Write all rows in one transaction, which fails if another has written some meanwhile."""
-        await self._database.write(lambda connection: self._write(connection, lease))
+        """Write all rows in one transaction, which fails if another has written some meanwhile.
+
+        Raises ConfigError: they contradict each other.
+        """
+        try:
+            await self._database.write(lambda connection: self._write(connection, lease))
+        except (sa.exc.StatementError, LookupError, TypeError, ValueError) as error:
+            why = getattr(error, "orig", None) or error
+            raise ConfigError(
+                f"{self._backup.path} cannot be used (its rows do not go together: {why}): give another backup"
+            ) from error
 
     def point(self) -> None:
         """Let the names in the folder follow."""
