@@ -90,7 +90,3 @@ class Heads:
             return
         except OSError as error:
             log.warning("heads of the history not read", file=str(self._path), reason=error.strerror)
-
-
-def _follows(head: Head, newest: Head) -> bool:
-    return head.sequence > newest.sequence or (head.sequence, head.digest) == (newest.sequence, newest.digest)

@@ -49,7 +49,7 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str) -> ChoralError:
     if any(sign in details for sign in _NOT_TRUSTED):
         return TrustError(
             f"the coordinator at {address} shows a certificate that the given CA did not sign for that name ({details}): "
-            "use the ca.pem that `choral server init` wrote and an address that was given to it with --host"
+            "use an address that was given to `choral server init` with --host; if it was set up anew, enrol again with a new token"
         )
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own limits, of which our code does not hear
         return LimitExceeded(f"the coordinator at {address} does not take that much: {details}")

@@ -17,4 +17,4 @@ for client in *; do cp "/tmp/shards/$client/shard.csv" "$client"; done
 cp /tmp/shards/test.csv "$home"
 
 cp /compose/choral.yaml "$home"
-chown -R choral: "$home" /tokens
+chown -R choral: "$home" /tokens/*

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_a_state_folder_that_another_coordinator_uses(idle: Federation) -> None:
         ({"run": {"quorum": 3}}, ["choral.yaml: run: ", "quorum 3 is more than cohort_size 2"]),
         ({"task": None}, ["choral.yaml: task: is missing (module:attribute of the task)"]),
         ({"listen": "8470"}, ["choral.yaml: listen: '8470' is not allowed: '8470' is no address; write host:port"]),
-        ({"tls": None}, ["tls is missing: give tls.certificate and tls.key"]),
+        ({"tls": None}, ["tls is missing: give tls.certificate, tls.key, tls.ca and tls.ca_key"]),
     ],
 )
 def test_a_configuration_that_is_not_allowed(federation: Federation, changes: dict, words: list[str]) -> None:
@@ -181,12 +182,16 @@ def test_a_flag_that_is_not_allowed(federation: Federation, flags: dict, words: 
     ends_with(federation.client("alice", flags=flags), 2, *words)
 
 
-def test_a_client_without_the_authority(federation: Federation) -> None:
+def test_a_client_without_what_it_needs_to_be_known(federation: Federation) -> None:
     federation.address = "127.0.0.1:1"
     gone = federation.folder / "gone.pem"
-    ends_with(federation.client("alice", flags={"--ca": gone}), 6, f"ca: {gone} cannot be read (No such file or directory)")
+    own = {"--ca": gone, "--certificate": gone, "--key": gone}
+    ends_with(federation.client("alice", flags=own), 6, f"{gone} cannot be read (No such file or directory)")
+    ends_with(
+        federation.client("alice", flags={"--token": gone}), 6, f"token: {gone} cannot be read", "give the file that holds the"
+    )
     arguments = ["client", "--name", "bob", "--server", "127.0.0.1:1", "--task", "small:task", "--data", "x.csv"]
-    ends_with(federation.start("bob", *arguments), 2, "ca is missing: give the coordinator's ca.pem")
+    ends_with(federation.start("bob", *arguments), 6, "choral-bob: this client has not enrolled: `choral client enrol TOKEN")
 
 
 # The client at the coordinator's door
@@ -202,22 +207,27 @@ def test_a_server_that_cannot_be_reached(federation: Federation) -> None:
 
 def test_a_coordinator_that_another_authority_vouches_for(idle: Federation, tmp_path: Path) -> None:
     make_authority(tmp_path / "other", ["localhost", "127.0.0.1"])
-    alice = idle.client("alice", flags={"--ca": tmp_path / "other" / "ca.pem", "--first-contact-s": 0.5})
-    ends_with(alice, 6, f"the coordinator at {idle.address} shows a certificate that the given CA did not sign", "ca.pem")
+    state = tmp_path / "alice"
+    idle.vouch("alice", state)
+    (state / "identity" / "ca.pem").write_bytes((tmp_path / "other" / "ca.pem").read_bytes())
+    alice = idle.client("alice", flags={"--state": state, "--first-contact-s": 0.5})
+    ends_with(alice, 6, f"the coordinator at {idle.address} shows a certificate that the given CA did not sign", "--host")
 
 
 def test_a_coordinator_under_a_name_that_its_certificate_does_not_hold(federation: Federation, tmp_path: Path) -> None:
     make_authority(tmp_path / "elsewhere", ["elsewhere.example"])
     home = tmp_path / "elsewhere"
-    federation.coordinator(tls={"certificate": str(home / "server.pem"), "key": str(home / "server.key")})
-    alice = federation.client("alice", flags={"--ca": home / "ca.pem", "--first-contact-s": 0.5})
+    tls = {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem", "ca_key": "ca.key"}
+    federation.coordinator(tls={key: str(home / name) for key, name in tls.items()})
+    alice = federation.client("alice", flags={"--first-contact-s": 0.5})
     ends_with(alice, 6, "shows a certificate that the given CA did not sign for that name", "--host")
 
 
 def test_a_file_that_is_no_certificate(idle: Federation, tmp_path: Path) -> None:
     nonsense = tmp_path / "nonsense.pem"
     nonsense.write_text("not a certificate")
-    ends_with(idle.client("alice", flags={"--ca": nonsense, "--first-contact-s": 0.5}), 6, str(nonsense))
+    own = {"--ca": nonsense, "--certificate": nonsense, "--key": nonsense, "--first-contact-s": 0.5}
+    ends_with(idle.client("alice", flags=own), 6, str(nonsense))
 
 
 def test_a_model_that_is_not_the_coordinators(idle: Federation, tmp_path: Path) -> None:
@@ -241,6 +251,7 @@ def test_a_task_that_is_not_the_coordinators(idle: Federation, tmp_path: Path) -
 def test_a_name_that_another_client_has(idle: Federation) -> None:
     first = idle.client("nora")
     first.saw("attending")
+    shutil.copytree(idle.folder / "nora" / "client" / "identity", idle.folder / "second" / "identity")  # copied, with its keys
     second = idle.client("nora", flags={"--first-contact-s": 0.5, "--state": idle.folder / "second"})
     ends_with(second, 8, "a client named nora attends already, from ipv4:127.0.0.1:", "give this one another name")
     assert first.popen.poll() is None
