@@ -172,13 +172,13 @@ def test_up_trains_to_the_end_and_each_client_sees_only_its_own_shard(project: P
         find = (
             r"find / \( -path /proc -o -path /sys \) -prune -o \( -name '*.csv' -o -name '*.key' -o -name choral_server \) -print"
         )
-        found = project.execute(client, "sh", "-c", f"{find} 2>&1 | grep -v 'Permission denied'").split()
+        look = f"{find} 2>&1 | grep -v 'Permission denied'; echo; ls /etc/choral; echo; cat /data/shard.csv"
+        found, mounted, shard = project.execute(client, "sh", "-c", look).split("\n\n")  # in one go: the run does not wait
         own = {"/data/shard.csv", "/var/lib/choral/identity/tls.key", "/var/lib/choral/identity/signing.key"}
-        assert set(found) == own
-        assert project.execute(client, "ls", "/etc/choral").split() == ["token"]
+        assert (set(found.split()), mounted.split()) == (own, ["token"])
+        rows[client] = set(shard.splitlines()[1:])
         writable = {mount["Destination"]: mount["RW"] for mount in project.inspect(client)["Mounts"] if mount["Type"] == "volume"}
         assert writable == {"/data": False, "/etc/choral": False, "/var/lib/choral": True}
-        rows[client] = set(project.execute(client, "cat", "/data/shard.csv").splitlines()[1:])
     assert [len(rows[client]) for client in CLIENTS] == [202, 202]
     assert not rows["alice"] & rows["bob"]
 
