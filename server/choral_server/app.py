@@ -83,6 +83,7 @@ async def _work(
     federation = FederationService(coordinator, sessions, transfers, config.heartbeat_s, config.limits)
     doors = Doors(config, membership, federation, AdminService(coordinator, store, membership))
     membership.expelled = lambda name, reason: _expel(doors, coordinator, name, reason)
+    membership.replaced = lambda name, reason: doors.end_calls(name, Revoked(reason))
     address = await doors.open()
     conducting = asyncio.create_task(_conduct(coordinator, config))
     _drain_on_signals(coordinator, conducting, config.drain_s)

@@ -49,7 +49,7 @@ class Roles:
 class Membership:
     """Keeps the members. `authority` signs their certificates; None: another does, and `roles` says who is more than a device.
 
-    `expelled(name, reason)` is called once somebody does not belong any more.
+    `expelled(name, reason)` is called once somebody does not belong any more, `replaced(name, reason)` once it has other keys.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Membership:
         self._certificates: dict[bytes, Caller] = {}
         self.enrolment_port = 0
         self.expelled: Callable[[str, str], None] = lambda name, reason: None
+        self.replaced: Callable[[str, str], None] = lambda name, reason: None
 
     # Coming to belong
 
@@ -118,7 +119,7 @@ class Membership:
             await self._store.commit(replace(token, used_by=key), member, EventRecord(now, "enrolled", told, client=member.name))
         log.info("enrolled", client=member.name, role=member.role.value)
         if known is not None and known.key != key:
-            self.expelled(member.name, f"{member.name} has enrolled anew, with other keys")
+            self.replaced(member.name, f"{member.name} has enrolled anew, with other keys")
         return certificate, member
 
     def _usable(self, secret: bytes) -> TokenRecord:

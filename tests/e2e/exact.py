@@ -90,6 +90,7 @@ def configure(federation: Federation, rounds: int, **changes: Any) -> None:
         "drain_s": 5.0,
     }
     federation.configure(**content | changes)
+    federation.invite(*CLIENTS)  # the coordinator may die before it could let anybody in
 
 
 def pace(federation: Federation) -> None:

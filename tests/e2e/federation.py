@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,14 @@ from choral.token import Token
 from choral.v1 import admin_pb2, admin_pb2_grpc
 from choral_client.enrolment import enrol, tls
 from choral_deploy.given import hand_over
+from choral_server.caller import Role
+from choral_server.config import ServerConfig, load
+from choral_server.database import Database
+from choral_server.history_key import key_for
+from choral_server.lease import Lease
+from choral_server.membership import Membership
+from choral_server.store import Store
+from choral_server.troubles import Troubles
 from choral_server.trust import Authority, make_authority
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -144,6 +153,11 @@ class Process:
         """All of it so far."""
         return "".join(self.out)
 
+    @property
+    def running(self) -> bool:
+        """Whether it has its streams open."""
+        return self._reading > 0
+
     def events(self, event: str, **fields: object) -> list[dict[str, Any]]:
         """The log entries so far that are called `event` and have these fields."""
         return [entry for entry in _entries(self.err) if entry.get("event") == event and fields.items() <= entry.items()]
@@ -212,6 +226,7 @@ class Federation:
         make_authority(folder, hosts)
         self._zygote = zygote
         self._identities: dict[str, Identity] = {}
+        self._invited = set[str]()
         self.folder = folder
         self.config = folder / "choral.yaml"
         self.address = ""
@@ -302,7 +317,9 @@ class Federation:
             "--log-format": "json",
         } | options.pop("flags", {})
         if not flags.keys() & {"--token", "--ca", "--plaintext"} and not (Path(flags["--state"]) / "identity").exists():
-            if (self.folder / "state" / "admin.sock").exists():
+            if name in self._invited:
+                flags["--token"] = self.folder / f"{name}.token"
+            elif any(process.name == "coordinator" and process.running for process in self.processes):
                 flags["--token"] = self.token_file(name)
             else:
                 self.vouch(name, Path(flags["--state"]))
@@ -320,6 +337,18 @@ class Federation:
         path = self.folder / f"{name}.token"
         hand_over(path, self.token(name))
         return path
+
+    def invite(self, *names: str) -> None:
+        """Make tokens before the first coordinator starts, which then finds them in its database."""
+        for name, token in run_apart(_issued(load(self.config), names)).items():
+            hand_over(self.folder / f"{name}.token", token)
+            self._invited.add(name)
+
+    def forget(self) -> None:
+        """Nobody is a member any more: identities of members, and of clients, go."""
+        self._identities.clear()
+        for folder in self.folder.glob("*/client/identity"):
+            shutil.rmtree(folder)
 
     def vouch(self, name: str, state: Path) -> None:
         """An identity as if `name` had enrolled earlier, while no coordinator runs; that of now does not know it."""
@@ -372,6 +401,25 @@ class Federation:
     def secure_channel(self, name: str = "somebody", role: str = "device") -> grpc.Channel:
         """A channel to the members' port, of the member of that name."""
         return grpc.secure_channel(self.address, tls(self.identity(name, role).credentials))
+
+
+async def _issued(config: ServerConfig, names: Iterable[str]) -> dict[str, str]:
+    assert config.tls is not None
+    assert config.tls.ca_key is not None
+    assert config.enrolment_address is not None
+    config.state.mkdir(exist_ok=True)
+    database = await Database.open(config.database_url, Troubles())
+    try:
+        lease = await Lease.take(database, "an operator", 30.0)
+        store = await Store.open(database, lease, await key_for(config.state, database))
+        authority = Authority.load(config.tls.ca, config.tls.ca_key)
+        membership = Membership(store, authority, 3600.0, lambda: datetime.now(UTC))
+        membership.enrolment_port = config.enrolment_address.port
+        issued = {name: str((await membership.issue(name, Role.DEVICE, 3600.0, replacing=True))[0]) for name in names}
+        await lease.give_up()
+        return issued
+    finally:
+        await database.close()
 
 
 def run_apart(doing: Coroutine[Any, Any, T]) -> T:

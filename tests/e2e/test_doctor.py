@@ -93,7 +93,7 @@ def test_who_is_quarantined_and_why(quick: Federation) -> None:
         (part,) = quick.rows("rounds", "show", 1)
         assert (part["client"], part["state"], part["reason"]) == ("mallory", "refused", why.partition("because ")[2])
         events = [(row["what"], row["client"]) for row in quick.rows("events", "--client", "mallory")]
-        assert events == [("client quarantined", "mallory"), *[("result refused", "mallory")] * 2]
+        assert events[:3] == [("client quarantined", "mallory"), *[("result refused", "mallory")] * 2]
         coordinator.saw("upload refused", 2, client="mallory")
 
         unknown = quick.command("clients", "release", "nobody", "-c", quick.config)

@@ -22,6 +22,7 @@ def test_a_machine_that_was_suspended(quick: Federation, who: str) -> None:
     alice, bob = quick.client("alice"), quick.client("bob")
     for name in ("alice", "bob"):
         coordinator.saw("client attends", client=name)
+    quick.identity("somebody")  # while there is somebody to ask
     suspended = coordinator if who == "coordinator" else alice
     suspended.popen.send_signal(signal.SIGSTOP)
     if who == "client":
@@ -70,6 +71,7 @@ def test_a_result_for_a_former_federation_of_the_same_names_is_not_taken(quick: 
     alice.saw("upload failed")
     alice.kill()
     shutil.rmtree(quick.folder / "state")  # an operator begins anew
+    quick.forget()
     coordinator = quick.coordinator(**settings, run={"rounds": 1, "seed": 2})
     with Scripted(quick, hello("bob", task="gated")) as bob, Scripted(quick, hello("alice", task="gated")) as stand_in:
         part = bob.hear("assignment").id
@@ -165,7 +167,11 @@ def test_a_rollback_that_was_promised_is_kept_though_the_coordinator_dies(quick:
     assert doomed.code() == -signal.SIGKILL
     again = quick.start_coordinator()
     again.saw("rolled back", to=0, version=3)
-    assert [row["what"] for row in quick.rows("events", "--run", "run")] == ["rolled back", "rollback asked for"]
+    assert [row["what"] for row in quick.rows("events", "--run", "run")] == [
+        "rolled back",
+        "rollback asked for",
+        "round asked for",
+    ]
 
 
 def test_a_state_folder_that_goes_away_pauses_the_run(quick: Federation) -> None:

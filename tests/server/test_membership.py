@@ -127,7 +127,7 @@ async def test_two_tokens_for_one_name_make_one_member(membership: Membership) -
 
 async def test_a_new_device_in_the_place_of_an_old_one(membership: Membership) -> None:
     told: list[str] = []
-    membership.expelled = lambda name, reason: told.append(f"{name}: {reason}")
+    membership.replaced = lambda name, reason: told.append(f"{name}: {reason}")
     _, old = await enrolled(membership)
     assert told == []
     _, new = await enrolled(membership)
