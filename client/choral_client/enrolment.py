@@ -21,7 +21,7 @@ from choral.durable import sync_folder, write_durably
 from choral.errors import TrustError, Unreachable
 from choral.identity import Credentials, Identity, read_identity
 from choral.status import from_rpc
-from choral.token import Token
+from choral.token import PROOF, Token
 from choral.v1 import enrolment_pb2 as pb
 from choral.v1 import enrolment_pb2_grpc
 from cryptography import x509
@@ -31,7 +31,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 log = structlog.get_logger()
-PROOF = b"choral enrolment 1"
 _NEW, _OLD = f"{identity.FOLDER}.new", f"{identity.FOLDER}.old"
 _CALL_S = 20.0
 

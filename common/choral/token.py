@@ -14,6 +14,8 @@ from typing import Self
 from choral.errors import TrustError
 
 SECRET_BYTES = 24
+PROOF = b"choral enrolment 1"
+"""what a device signs with its signing key when it enrols, before the signing request"""
 LONGEST = 1024  # characters
 _MARK = "choral-"
 _FORMAT = 1

@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 from choral.errors import ConfigError, InvalidMessage, NotAllowed, Revoked, TokenRefused, Unauthenticated, WrongState
 from choral.names import ALLOWED, is_name
-from choral.token import Token, digest_of
+from choral.token import PROOF, Token, digest_of
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -25,7 +25,6 @@ from choral_server.store import Store
 from choral_server.trust import Authority
 
 log = structlog.get_logger()
-PROOF = b"choral enrolment 1"
 _TOKEN_S = 3600.0
 _LONGEST_TOKEN_S = 31_536_000.0
 _REQUEST_BYTES = 4096

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from choral.errors import ConfigError, InvalidMessage, NotAllowed, Revoked, TokenRefused, Unauthenticated, WrongState
-from choral.token import Token
+from choral.token import PROOF, Token
 from choral_server.caller import Caller, Role
-from choral_server.membership import PROOF, Membership, Roles
+from choral_server.membership import Membership, Roles
 from choral_server.trust import Authority, make_authority
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
