@@ -47,7 +47,7 @@ class Doors:
         if config.tls is None:
             self._gate = Gate(always(Caller(role=Role.DEVICE)))
         else:
-            self._gate = Gate(of_certificate(membership.identify), limits.calls, limits.calls_per_s)
+            self._gate = Gate(of_certificate(membership.identify), limits.calls, limits.calls_per_s, membership.refused)
 
     async def open(self) -> HostPort:
         """Listen everywhere; the address for members. Raises AddressError or TrustError."""

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
-from choral.errors import ConfigError, InvalidMessage, NotAllowed, Revoked, TokenRefused, Unauthenticated, WrongState
+from choral.errors import ChoralError, ConfigError, InvalidMessage, NotAllowed, Revoked, TokenRefused, Unauthenticated, WrongState
 from choral.names import ALLOWED, is_name
 from choral.token import PROOF, Token, digest_of
 from cryptography import x509
@@ -66,6 +66,8 @@ class Membership:
         self._roles = roles or Roles()
         self._turn = asyncio.Lock()
         self._certificates: dict[bytes, Caller] = {}
+        self._refusals: set[tuple[str, type[ChoralError]]] = set()
+        self._telling: set[asyncio.Task[None]] = set()
         self.enrolment_port = 0
         self.expelled: Callable[[str, str], None] = lambda name, reason: None
         self.replaced: Callable[[str, str], None] = lambda name, reason: None
@@ -195,6 +197,16 @@ class Membership:
         if member.key != caller.key:
             raise Unauthenticated(f"{caller.name} has enrolled anew, with other keys; this certificate is void")
         return replace(caller, role=member.role)
+
+    def refused(self, caller: Caller, error: ChoralError) -> None:
+        """A member was turned away: an event, of each kind one per member, so that nobody fills the disk."""
+        if not caller.certified or (caller.name, type(error)) in self._refusals:
+            return
+        self._refusals.add((caller.name, type(error)))
+        event = EventRecord(self._clock(), "call refused", str(error), client=caller.name)
+        telling = asyncio.ensure_future(self._store.commit(event))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
 
     def _told(self, member: MemberRecord) -> str:
         return f"{member.name} does not belong any more: {member.reason}"

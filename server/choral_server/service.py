@@ -114,7 +114,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
     async def Upload(self, requests: AsyncIterator[pb.UploadRequest], context: Context) -> pb.UploadResponse:
         """Take in one result and answer with its receipt."""
         try:
-            first = await _next(requests, self._coordinator.run.settings.stall_s)
+            first = await _next(requests, self._limits.first_message_s)
             if first is None or first.WhichOneof("message") != "header":
                 raise InvalidMessage("an upload begins with its header")
             return wire.receipt_to_pb(await self._take(_header(first.header), requests))

@@ -123,6 +123,7 @@ def test_more_calls_in_a_second_than_one_client_may_begin(federation: Federation
                 assert "mallory calls more than 20 times a second" in refused.value.details()
                 break
     assert "LimitExceeded" in told
+    until(lambda: "call refused" in {event["what"] for event in federation.rows("events", "--client", "mallory")})
     time.sleep(1)  # its account fills again, for the tests that follow
 
 
