@@ -32,6 +32,7 @@ from choral_client.diary import Diary
 from choral_client.outbox import Outbox, Parcel
 from choral_client.work import Work
 from choral_deploy.client_commands import _config as client_config
+from choral_server import history_key
 from choral_server.aggregate import WeightedSum
 from choral_server.backups.contents import CONTENTS
 from choral_server.backups.reading import Backup
@@ -112,6 +113,10 @@ name: alice
 task: small:task
 data: shard.csv
 ca: ca.pem
+certificate: alice.pem
+key: alice.key
+guard: guard.yaml
+first_contact_s: 5.0
 holdout: 0.2
 follow: false
 threads: 2
@@ -475,7 +480,7 @@ async def _backed_up(folder: Path) -> bytes:
 
     settings = config.parse({**CONFIG, "state": str(folder)}, ServerConfig, "server.yaml")
     database, troubles = await Database.open(settings.database_url, Troubles()), Troubles()
-    store = await Store.open(database, await Lease.take(database, "here", 60.0))
+    store = await Store.open(database, await Lease.take(database, "here", 60.0), history_key.made(folder))
     artifacts = FolderArtifacts(folder)
     run = await Runs(settings, TASK, None, store, lambda name: Checkpoints(artifacts, folder, name), troubles).open(NOON)
     part = Part("run/0/alice/0", "alice", PartState.ACCEPTED, examples=10, digest=bytes(32))
