@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,9 @@ from choral.errors import DataError
 _COLUMNS, _LONGEST_LINE = 10_000, 1 << 20
 _CLASSES = 2**31  # no network tells so many apart
 _TOLD = 100  # of a file's columns, and of each name the characters
+_TEXT = "BYTE_ARRAY"
+_CELL_BYTES = 8  # of a number or a reference
+_ALWAYS_BYTES, _INFLATION = 1 << 30, 100  # whatever trains can hold the one; tables of measurements do not shrink by the other
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,54 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(path)
+        import pyarrow.parquet as pq
     except ImportError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'choral[parquet]'") from error
+    try:
+        with pq.ParquetFile(path) as file:
+            most, in_memory = max(_ALWAYS_BYTES, _INFLATION * path.stat().st_size), _decoded_bytes(file.metadata)
+        in_memory += _repeated_bytes(path, most) if in_memory <= most else 0
+        if in_memory <= most:
+            return pd.read_parquet(path, engine="pyarrow")
     except Exception as error:
         if isinstance(error, MemoryError):
             raise
         raise DataError(f"{path}: is not a Parquet file ({error})") from error
+    raise DataError(
+        f"{path}: would take {in_memory / 2**20:.0f} MiB of memory, over {_INFLATION} times as much as on the disk: "
+        "is it the right file? If so, split it or leave out columns"
+    )
+
+
+def _decoded_bytes(metadata: Any) -> int:
+    """Memory that the values of a Parquet file take. What is packed is unpacked, and one value that is repeated written out."""
+    groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
+    chunks = (group.column(column) for group in groups for column in range(group.num_columns))
+    return sum(max(chunk.total_uncompressed_size, _CELL_BYTES * chunk.num_values) for chunk in chunks)
+
+
+def _repeated_bytes(path: Path, most: int) -> int:
+    """Memory that texts take which a Parquet file has once and names often: looked at only if it could be more than `most`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        metadata, schema = file.metadata, file.schema
+        names = {place: schema.column(place).path for place in range(len(schema)) if schema.column(place).physical_type == _TEXT}
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        chunks = [group.column(place) for group in groups for place in names]
+    if sum(chunk.total_uncompressed_size * chunk.num_values for chunk in chunks if chunk.has_dictionary_page) <= most:
+        return 0
+    size = 0
+    with pq.ParquetFile(path, read_dictionary=list(names.values())) as file:
+        for batch in file.iter_batches(columns=list(names.values())):
+            for texts in batch.columns:
+                if pa.types.is_dictionary(texts.type):
+                    lengths = pc.binary_length(texts.dictionary).cast(pa.int64())
+                    size += pc.sum(lengths.take(texts.indices)).as_py() or 0
+                else:  # lists of texts, which no table of numbers has
+                    size += texts.nbytes
+            if size > most:
+                break
+    return size

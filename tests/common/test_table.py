@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from choral.errors import DataError
@@ -142,6 +145,29 @@ def test_refuses_empty_cells_and_rows_in_parquet_too(tmp_path: Path) -> None:
     assert _refusal(path).startswith("row 2, column rooms is empty")
     pd.DataFrame({"rooms": [], "age": [], "price": []}).to_parquet(path)
     assert _refusal(path).startswith("has no rows")
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_refuses_parquet_that_is_far_larger_in_memory_than_on_the_disk(tmp_path: Path, repeated: bool) -> None:
+    """Zeros that are packed; or one long text, which the file has once and each of its rows names."""
+    path = tmp_path / "bomb.parquet"
+    zeros, text = pa.array(np.zeros(1_000_000)), pa.DictionaryArray.from_arrays(np.zeros(2_000, np.int32), ["x" * 1_000_000])
+    with pq.ParquetWriter(path, pa.schema({"a": text.type if repeated else pa.float64()})) as writer:
+        for _ in range(1 if repeated else 140):
+            writer.write_table(pa.table({"a": text if repeated else zeros}))
+    tracemalloc.start()
+    before = pa.default_memory_pool().max_memory()
+    with pytest.raises(DataError, match=r"would take .* MiB of memory, over 100 times as much as on the disk"):
+        read_frame(path)
+    assert pa.default_memory_pool().max_memory() - before < 64 << 20
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+
+
+def test_one_text_in_many_rows_is_read(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"street": ["Elm" * 20] * 5_000, "price": range(5_000)})
+    frame.to_parquet(tmp_path / "streets.parquet")
+    assert read_frame(tmp_path / "streets.parquet").equals(frame)
 
 
 def test_a_frame_holds_all_columns(tmp_path: Path) -> None:
