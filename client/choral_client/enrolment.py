@@ -146,7 +146,7 @@ def _write_key(path: Path, key: Any) -> None:
 def _private(path: Path) -> Any:
     try:
         return load_pem_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, *identity.UNREADABLE) as error:
         raise TrustError(f"{path} holds no private key: remove the folder {path.parent} and enrol again") from error
 
 
@@ -158,7 +158,7 @@ def _signing_request(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
 def _pem(certificate: bytes) -> bytes:
     try:
         return x509.load_der_x509_certificate(certificate).public_bytes(Encoding.PEM)
-    except ValueError as error:
+    except identity.UNREADABLE as error:
         raise TrustError("the coordinator answered with something that is no certificate: look at both releases") from error
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from choral.errors import TrustError
+from choral.names import is_name
 
 SECRET_BYTES = 24
 LONGEST = 1024  # characters
@@ -56,6 +57,8 @@ class Token:
             raise TrustError("the enrolment token is damaged: copy the whole line, without spaces") from None
         if form != _FORMAT:
             raise TrustError("the enrolment token is of another release: install the coordinator's release of Choral")
+        if not is_name(name):
+            raise TrustError("the enrolment token is for a name that nobody may have: ask for a new one")
         return cls(name, port, authority, secret)
 
 
