@@ -50,6 +50,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/rounds.py --durability
 	$(BIN)/python benchmarks/stragglers.py
 	$(BIN)/python benchmarks/uploads.py
+	$(BIN)/python benchmarks/flood.py
 
 wheel: $(READY)
 	$(BIN)/python -m build

@@ -38,8 +38,9 @@ async def attend(config: ClientConfig) -> None:
         raise ConfigError(
             f"state: {config.folder} cannot be used ({error.strerror}): give a folder that this user may write"
         ) from error
+    guard = GuardFile(config.folder, config.guard)  # first: a device that cannot say no does not enrol
     known = await belonging(config)
-    oversight = Oversight(GuardFile(config.folder, config.guard), config.folder, lambda: address_towards(known.server))
+    oversight = Oversight(guard, config.folder, lambda: address_towards(known.server))
     set_threads(config.threads)
     task = load_task(config.task)
     shard = load_shard(task, config.data, config.holdout)

@@ -19,6 +19,7 @@ LONGEST = 1024  # characters
 _MARK = "choral-"
 _FORMAT = 1
 _HEAD = struct.Struct(f">BH32s{SECRET_BYTES}s")  # format, port, fingerprint, secret; then the name and a CRC-32 of all that
+_DAMAGED = "the enrolment token is damaged: copy the whole line, without spaces"
 _DIGEST = struct.Struct(">I")
 
 
@@ -54,12 +55,15 @@ class Token:
             form, port, authority, secret = _HEAD.unpack(content[: _HEAD.size])
             name = content[_HEAD.size :].decode()
         except (binascii.Error, struct.error, ValueError):
-            raise TrustError("the enrolment token is damaged: copy the whole line, without spaces") from None
+            raise TrustError(_DAMAGED) from None
         if form != _FORMAT:
             raise TrustError("the enrolment token is of another release: install the coordinator's release of Choral")
         if not is_name(name):
             raise TrustError("the enrolment token is for a name that nobody may have: ask for a new one")
-        return cls(name, port, authority, secret)
+        token = cls(name, port, authority, secret)
+        if str(token) != text:  # the last character has bits that nothing reads
+            raise TrustError(_DAMAGED)
+        return token
 
 
 def digest_of(secret: bytes) -> str:

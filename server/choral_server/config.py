@@ -82,7 +82,7 @@ class Limits(Settings):
     """longest chunk of an upload"""
     metadata_bytes: Annotated[int, Field(ge=2048, le=1_048_576)] = 8192
     """longest metadata of a call"""
-    connections: Annotated[int, Field(ge=1, le=1_000_000)] = 16_000
+    connections: Annotated[int, Field(ge=1, le=1_000_000)] = 12_000
     """connections that clients and operators may have open, and those who have not shown a certificate yet"""
     enrolment_connections: Annotated[int, Field(ge=1, le=100_000)] = 64
     """connections open at the address where tokens are turned into certificates"""

@@ -6,7 +6,6 @@ import asyncio
 import getpass
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import grpc
 from choral.address import HostPort
@@ -23,7 +22,7 @@ from choral_server.config import Limits, ServerConfig, Tls
 from choral_server.enrolment_service import EnrolmentService
 from choral_server.membership import Membership
 from choral_server.service import FederationService
-from choral_server.trust import belong_together, certificate_in, key_in
+from choral_server.trust import belong_together, certificate_in, key_in, signed_by
 
 FEDERATION, ENROLMENT, ADMIN = (
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -176,7 +175,7 @@ def _credentials(tls: Tls, certified: bool) -> grpc.ServerCredentials:
     own, key, ca = certificate_in(tls.certificate), key_in(tls.key), certificate_in(tls.ca)
     if not belong_together(own, key):
         raise TrustError(f"tls.key: {tls.key} is not the key of {tls.certificate}: give the two that belong together")
-    if tls.ca_key is not None and not _signed_by(own, ca):
+    if tls.ca_key is not None and not signed_by(own, ca):
         raise TrustError(
             f"tls.certificate: {tls.certificate} is not signed by {tls.ca}, by which those who enrol know this coordinator: "
             "make both with `choral server init`, or leave out tls.ca_key"
@@ -188,11 +187,3 @@ def _credentials(tls: Tls, certified: bool) -> grpc.ServerCredentials:
     if not certified:
         return grpc.ssl_server_credentials(pair)
     return grpc.ssl_server_credentials(pair, tls.ca.read_bytes(), require_client_auth=True)
-
-
-def _signed_by(certificate: Any, authority: Any) -> bool:
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except Exception:  # noqa: BLE001 - of several kinds, and all say no
-        return False
-    return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Any
 
 import grpc
@@ -24,6 +26,7 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
 
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
+        self._told_at = -math.inf
 
     async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolResponse:
         """Turn a token into a certificate."""
@@ -31,7 +34,9 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
             asked = request.secret, request.signing_request, request.signing_key, request.signature
             certificate, member = await self._membership.enrol(*asked)
         except ChoralError as error:
-            log.warning("enrolment refused", address=context.peer(), reason=str(error))
+            if (now := time.monotonic()) - self._told_at > 1:  # the log is not for strangers to fill
+                self._told_at = now
+                log.warning("enrolment refused", address=context.peer(), reason=str(error))
             await abort(context, error)
         return pb.EnrolResponse(certificate=certificate.public_bytes(Encoding.DER), name=member.name, role=member.role.value)
 

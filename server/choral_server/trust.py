@@ -14,6 +14,7 @@ from choral.durable import write_durably
 from choral.errors import TrustError
 from choral.identity import BACKDATED, UNREADABLE
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -63,8 +64,12 @@ class Authority:
     def renew_server(self, path: Path, key: Path, now: datetime) -> bool:
         """Replace the server's certificate, if it is ours and expires within a month; whether that was done. Raises TrustError."""
         old = certificate_in(path)
-        if old.issuer != self.certificate.subject or old.not_valid_after_utc - now > timedelta(days=_RENEW_DAYS):
+        if old.not_valid_after_utc - now > timedelta(days=_RENEW_DAYS):
             return False
+        if not signed_by(old, self.certificate):
+            raise TrustError(
+                f"tls.certificate: {path} expires on {old.not_valid_after_utc:%Y-%m-%d}, and is not signed by tls.ca: replace it"
+            )
         try:
             names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         except (*UNREADABLE, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
@@ -78,6 +83,15 @@ class Authority:
                 "let this user write it"
             ) from error
         return True
+
+
+def signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether this authority has."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def certificate_in(path: Path) -> x509.Certificate:

@@ -366,25 +366,3 @@ def test_any_flipped_bit_is_found(content: bytes, data: st.DataObject) -> None:
     chunk.data = bytes(damaged)
     with pytest.raises(CorruptTransfer, match="CRC-32"):
         wire.verified(chunk, 0, len(content))
-
-
-VERSION = VersionRef(3, bytes(32), 7)
-
-
-@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf"), 1e308])
-def test_a_heartbeat_that_nobody_can_keep_is_refused(seconds: float) -> None:
-    """NaN would upset the order of the event loop's timers; nothing at all would keep both sides busy."""
-    with pytest.raises(InvalidMessage, match="asked to wait for"):
-        wire.from_coordinator_from_pb(wire.from_coordinator_to_pb(Welcome("run", seconds, VERSION)))
-
-
-@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf"), 1e308])
-def test_a_pause_that_nobody_can_make_is_refused(seconds: float) -> None:
-    with pytest.raises(InvalidMessage, match="asked to wait for"):
-        wire.from_coordinator_from_pb(wire.from_coordinator_to_pb(ComeBack(seconds, "")))
-
-
-@pytest.mark.parametrize("version", [VersionRef(3, b"", 7), VersionRef(3, bytes(33), 7), VersionRef(3, bytes(32), -1)])
-def test_a_version_that_is_none_is_refused(version: VersionRef) -> None:
-    with pytest.raises(InvalidMessage, match="version 3 with a digest of"):
-        wire.version_from_pb(wire.version_to_pb(version))

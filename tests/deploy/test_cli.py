@@ -118,12 +118,13 @@ def test_a_coordinator_is_prepared_once(tmp_path: Path) -> None:
         "server", "init", home, "--host", "10.0.0.5", "--host", "trainer.example", "--clients", 3, "--rounds", 7, "--port", 9000
     )
     assert done.returncode == 0, done.stderr
-    assert str(home / "ca.pem") in done.stdout
+    assert f"choral server token NAME --config {home / 'choral.yaml'}" in done.stdout
     assert {path.name: path.stat().st_mode & 0o077 for path in home.glob("*.key")} == {"ca.key": 0, "server.key": 0}
     config = load(home / "choral.yaml")
     assert (str(config.listen), config.run.cohort_size, config.run.rounds) == ("0.0.0.0:9000", 3, 7)
     assert config.tls is not None
     assert (config.tls.certificate, config.state) == (home / "server.pem", home / "state")
+    assert (config.tls.ca_key, str(config.enrolment_address)) == (home / "ca.key", "0.0.0.0:9001")
 
     before = {path.name: path.read_bytes() for path in home.iterdir()}
     again = run("server", "init", home, "--host", "10.0.0.5")

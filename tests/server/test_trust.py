@@ -4,13 +4,14 @@ import ipaddress
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import grpc
 import pytest
 from choral.errors import TrustError
 from choral.status import from_rpc
-from choral_server.trust import make_authority
+from choral_server.trust import Authority, certificate_in, key_in, make_authority
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -133,3 +134,46 @@ async def test_a_coordinator_without_tls_is_not_said_to_show_a_wrong_certificate
     error = await _refusal(f"127.0.0.1:{port}", (tmp_path / "ca.pem").read_bytes())
     await server.stop(None)
     assert "shows a certificate" not in str(error)
+
+
+def test_the_servers_certificate_is_renewed_when_it_is_about_to_expire(tmp_path: Path) -> None:
+    make_authority(tmp_path, ["localhost", "10.0.0.5"])
+    authority = Authority.load(tmp_path / "ca.pem", tmp_path / "ca.key")
+    files = tmp_path / "server.pem", tmp_path / "server.key"
+    before = x509.load_pem_x509_certificate(files[0].read_bytes())
+    assert not authority.renew_server(*files, before.not_valid_after_utc - timedelta(days=31))
+    assert x509.load_pem_x509_certificate(files[0].read_bytes()) == before
+    assert authority.renew_server(*files, before.not_valid_after_utc - timedelta(days=29))
+    after = x509.load_pem_x509_certificate(files[0].read_bytes())
+    assert after != before
+    assert after.public_key() == before.public_key()
+    names = x509.SubjectAlternativeName
+    assert after.extensions.get_extension_for_class(names) == before.extensions.get_extension_for_class(names)
+    after.verify_directly_issued_by(authority.certificate)
+
+
+def test_a_certificate_of_another_authority_is_not_ours_to_renew(tmp_path: Path) -> None:
+    for name in ("ours", "theirs"):
+        make_authority(tmp_path / name, ["localhost"])
+    theirs = tmp_path / "theirs" / "server.pem"
+    own = Authority.load(tmp_path / "ours" / "ca.pem", tmp_path / "ours" / "ca.key")
+    other = x509.load_pem_x509_certificate(theirs.read_bytes())
+    renamed = own.certificate.subject.rfc4514_string()
+    assert other.issuer.rfc4514_string() == renamed  # all authorities of `init` have one name: the signature tells them apart
+    with pytest.raises(TrustError, match="is not signed by"):
+        own.renew_server(theirs, tmp_path / "theirs" / "server.key", other.not_valid_after_utc)
+
+
+def test_what_is_no_key_or_certificate_is_named(tmp_path: Path) -> None:
+    make_authority(tmp_path, ["localhost"])
+    make_authority(tmp_path / "other", ["localhost"])
+    nonsense = tmp_path / "nonsense"
+    nonsense.write_text("nothing")
+    for call, told in (
+        (lambda: certificate_in(nonsense), "holds no certificate in PEM form"),
+        (lambda: certificate_in(tmp_path / "gone"), "cannot be read"),
+        (lambda: key_in(nonsense), "holds no private key in PEM form"),
+        (lambda: Authority.load(tmp_path / "ca.pem", tmp_path / "other" / "ca.key"), "is not the key of"),
+    ):
+        with pytest.raises(TrustError, match=told):
+            call()
