@@ -89,7 +89,7 @@ def signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> boo
     """Whether this authority has."""
     try:
         certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
+    except (*UNREADABLE, InvalidSignature):
         return False
     return True
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 from choral import config
-from choral.errors import ConfigError, Declined, HistoryBroken
+from choral.errors import ChoralError, ConfigError, Declined, HistoryBroken
 from choral.heads import Head, from_line, signed_part, to_line
 from choral.messages import VersionRef
 from choral.plan import Kind, Plan, Training
@@ -44,6 +44,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fuzz.files import YAML
 from fuzz.house import CONFIG, NOON, SIGNS
 from fuzz.target import Decode, Make, Target, in_memory
+from google.protobuf.message import DecodeError
 
 PUBLIC = SIGNS.public_key().public_bytes_raw()
 COLUMNS = ("sequence", "at", "what", "facts", "before", "digest", "signature")
@@ -247,7 +248,6 @@ def history(folder: Path, sign: bool) -> Iterator[Decode]:
 _LOOKS: list[Callable[[Path, Path], None]] = [
     lambda path, checkpoint: audit_commands.verify(path, None, json=True),
     lambda path, checkpoint: audit_commands.show(path, 20, json=False),
-    lambda path, checkpoint: audit_commands.show(path, 20, json=True),
     lambda path, checkpoint: audit_commands.lineage(checkpoint, path, json=False),
 ]
 
@@ -409,6 +409,7 @@ TARGETS = [
         "head that is handed out",
         handed,
         lambda: [pb.Head(sequence=9, digest=head(9).digest, signature=head(9).signature, key=PUBLIC).SerializeToString()],
+        (ChoralError, DecodeError),
     ),
     Target("entries of the history", chain, lambda: [_lines(history_entries())], (), hostile=history_hostile),
     *(
