@@ -95,9 +95,17 @@ async def newest(config: ServerConfig, limit: int) -> list[Entry]:
 
     async def work(connection: AsyncConnection) -> list[Entry]:
         query = sa.select(HISTORY).order_by(HISTORY.c.sequence.desc()).limit(limit)
-        return [entry_from_row(row._asdict()) for row in await connection.execute(query)]
+        return [_typed(entry_from_row(row._asdict())) for row in await connection.execute(query)]
 
     return await _read(config, work)
+
+
+def _typed(entry: Entry) -> Entry:
+    """The entry. Raises ValueError: it has values of other types, as SQLite may have in any column."""
+    texts, blobs = (entry.what, entry.facts), (entry.before, entry.digest, entry.signature)
+    if not (type(entry.sequence) is int and all(type(one) is str for one in texts) and all(type(one) is bytes for one in blobs)):
+        raise ValueError(f"in entry {entry.sequence!r}")
+    return entry
 
 
 async def lineage(config: ServerConfig, digest: bytes, progress: Progress = lambda done, total: None) -> list[Ancestor]:

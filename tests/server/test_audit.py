@@ -365,6 +365,16 @@ async def test_facts_that_cannot_be_read_are_a_fault(config: ServerConfig, facts
     assert any("entry 1 was changed" in found for found in told(await audit(config, {})))
 
 
+@pytest.mark.parametrize("change", ["digest = 'text'", "what = x'00'", "facts = x'7b7d'", "before = 7"])
+async def test_an_entry_of_other_types_cannot_be_shown(tmp_path: Path, change: str) -> None:
+    """SQLite has any type in any column."""
+    config = configured(tmp_path / "state", f"sqlite:///{tmp_path / 'choral.db'}")
+    await fill(config)
+    await tamper(config, f"UPDATE history SET {change} WHERE sequence = 3")
+    with pytest.raises(HistoryBroken, match="holds something that no coordinator wrote"):
+        await newest(config, 20)
+
+
 # The key
 
 
