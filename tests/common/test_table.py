@@ -164,6 +164,24 @@ def test_refuses_parquet_that_is_far_larger_in_memory_than_on_the_disk(tmp_path:
     tracemalloc.stop()
 
 
+def test_parquet_that_tells_nonsense_of_a_column_is_refused_and_ends_no_process(tmp_path: Path) -> None:
+    """As fuzzing found it: the histogram of a column has another number of levels than the column."""
+    path = tmp_path / "shard.parquet"
+    pd.DataFrame({"a": [0.5, 1.5, 2.0]}).to_parquet(path, compression=None)
+    content = path.read_bytes()
+    metadata, length = content[:-8], int.from_bytes(content[-8:-4], "little")
+    nonsense = metadata.replace(b"\x19\x26\x00\x06\x00", b"\x19\x36\x00\x06\x00\x00")  # three levels, where there are two
+    assert len(nonsense) == len(metadata) + 1
+    path.write_bytes(nonsense + (length + 1).to_bytes(4, "little") + content[-4:])
+    with pytest.raises(DataError, match="is not a Parquet file"):
+        read_frame(path)
+
+
+def test_columns_of_lists_are_left_out(tmp_path: Path) -> None:
+    pd.DataFrame({"a": [1.0, 2.0], "b": [[1], [2]]}).to_parquet(tmp_path / "lists.parquet")
+    assert list(read_frame(tmp_path / "lists.parquet").columns) == ["a"]
+
+
 def test_one_text_in_many_rows_is_read(tmp_path: Path) -> None:
     frame = pd.DataFrame({"street": ["Elm" * 20] * 5_000, "price": range(5_000)})
     frame.to_parquet(tmp_path / "streets.parquet")

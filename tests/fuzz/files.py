@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from choral import config
 from choral.address import HostPort
-from choral.errors import ConfigError, DataError, Declined, TaskError
+from choral.errors import ConfigError, DataError, Declined, TaskError, TrustError
 from choral.plan import Kind, Plan, Training
 from choral.table import Table
 from choral.wire import header_to_pb
@@ -651,12 +651,14 @@ TARGETS = [
         (b'"weight": ', b'"contained": '),
         hostile=accumulator_hostile,
     ),
-    Target("backup", restoring(bytes), lambda: [backup_seed()], (ConfigError,), TAR, examples=25, hostile=backup_hostile),
+    Target(
+        "backup", restoring(bytes), lambda: [backup_seed()], (ConfigError, TrustError), TAR, examples=25, hostile=backup_hostile
+    ),
     Target(
         "rows of a backup",
         restoring(backup_of),
         lambda: [backup_rows_seed()],
-        (ConfigError,),
+        (ConfigError, TrustError),
         ROWS,
         examples=15,
         hostile=backup_rows_hostile,

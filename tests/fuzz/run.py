@@ -286,8 +286,9 @@ def _supervise(name: str, seconds: float, engine: str, advance: Callable[[], Non
         died = _process(name, until, engine, advance, path)
         report = Report.read(path)
         report = Report(
-            before.executions + report.executions, before.seconds + report.seconds, {**before.findings, **report.findings}
+            before.executions + report.executions, before.seconds + report.seconds, {**report.findings, **before.findings}
         )
+        report.findings = {told: file for file, told in {file: told for told, file in report.findings.items()}.items()}
         if died is not None:
             report.findings[died] = str(_keep(name, died, _last_input(name)))
         if died is None or time.monotonic() > until or len(report.findings) >= ENOUGH:
