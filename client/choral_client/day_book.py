@@ -30,7 +30,7 @@ class DayBook:
                 raise ValueError("worked_s is no number")
         except FileNotFoundError:
             return 0.0
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise Declined(f"{self._path}: what this device has worked today cannot be read ({error}): remove the file") from error
         return max(float(seconds), 0.0)
 

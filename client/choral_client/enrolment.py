@@ -19,7 +19,7 @@ from choral import identity
 from choral.address import HostPort
 from choral.durable import sync_folder, write_durably
 from choral.errors import TrustError, Unreachable
-from choral.identity import Credentials, Identity, read_identity
+from choral.identity import Credentials, Identity, read_credentials, read_identity
 from choral.status import from_rpc
 from choral.token import PROOF, Token
 from choral.v1 import enrolment_pb2 as pb
@@ -58,11 +58,19 @@ async def enrol(token: Token, server: HostPort, state: Path) -> Identity:
             answer = await enrolment_pb2_grpc.EnrolmentStub(channel).Enrol(asked, timeout=_CALL_S)  # type: ignore[misc]
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, address) from error
+    return _settled(state, token.name, server, ca, answer)
+
+
+def _settled(state: Path, name: str, server: HostPort, ca: bytes, answer: pb.EnrolResponse) -> Identity:
+    """Keep what the coordinator answered. Raises TrustError: it cannot be used, and takes no place."""
+    if answer.name != name:
+        raise TrustError(f"the coordinator enrolled {answer.name[:80]!r}, and the token is for {name}: look at both releases")
+    fresh = state / _NEW
     about = {"name": answer.name, "role": answer.role, "server": str(server)}
     write_durably(fresh / identity.AUTHORITY, ca)
     write_durably(fresh / identity.CERTIFICATE, _pem(answer.certificate))
     write_durably(fresh / identity.ABOUT, json.dumps(about).encode())
-    read_identity(fresh)  # what cannot be used takes no place
+    read_identity(fresh)
     _move(state)
     return read_identity(state / identity.FOLDER)
 
@@ -85,7 +93,19 @@ async def renew(known: Identity) -> Identity:
             answer = await stub.Renew(pb.RenewRequest(signing_request=request), timeout=_CALL_S)
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, address) from error
-    write_durably(known.folder / identity.CERTIFICATE, _pem(answer.certificate))
+    return _renewed(known, answer)
+
+
+def _renewed(known: Identity, answer: pb.RenewResponse) -> Identity:
+    """Keep the certificate that the coordinator answered. Raises TrustError: it cannot be used, and the old one stays."""
+    place, fresh = known.folder / identity.CERTIFICATE, known.folder / f".{identity.CERTIFICATE}.new"
+    write_durably(fresh, _pem(answer.certificate))
+    try:
+        read_credentials(known.folder / identity.AUTHORITY, fresh, known.folder / identity.KEY)
+        fresh.replace(place)
+    finally:
+        fresh.unlink(missing_ok=True)
+    sync_folder(known.folder)
     return read_identity(known.folder)
 
 
@@ -125,7 +145,7 @@ def _write_key(path: Path, key: Any) -> None:
 def _private(path: Path) -> Any:
     try:
         return load_pem_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, *identity.UNREADABLE) as error:
         raise TrustError(f"{path} holds no private key: remove the folder {path.parent} and enrol again") from error
 
 
@@ -137,7 +157,7 @@ def _signing_request(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
 def _pem(certificate: bytes) -> bytes:
     try:
         return x509.load_der_x509_certificate(certificate).public_bytes(Encoding.PEM)
-    except ValueError as error:
+    except identity.UNREADABLE as error:
         raise TrustError("the coordinator answered with something that is no certificate: look at both releases") from error
 
 

@@ -67,11 +67,11 @@ def to_line(head: Head) -> str:
 
 def from_line(line: str) -> Head:
     """The head that was written. Raises ValueError: it is none."""
-    content = json.loads(line)
     try:
+        content = json.loads(line)
         head = Head(content["sequence"], *(bytes.fromhex(content[name]) for name in ("digest", "signature", "key")))
         fault = fault_of(head)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"no head of a history: {error}") from error
     if fault is not None:
         raise ValueError(fault)

@@ -8,13 +8,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from choral.address import HostPort
 from choral.errors import TrustError
+from choral.names import ALLOWED, is_name
 
 FOLDER = "identity"
 BACKDATED = timedelta(minutes=5)  # certificates begin so much before they are made: clocks differ
+UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
+"""what the readers of certificates, requests and keys raise, and of each what they read in it later, of bytes that are none"""
 KEY, CERTIFICATE, SIGNING_KEY, AUTHORITY, ABOUT = "tls.key", "tls.pem", "signing.key", "ca.pem", "about.json"
 
 
@@ -54,6 +58,8 @@ def read_identity(folder: Path) -> Identity:
     try:
         about = json.loads((folder / ABOUT).read_bytes())
         name, role, server = str(about["name"]), str(about["role"]), HostPort.parse(about["server"])
+        if not is_name(name):
+            raise ValueError(f"{name[:80]!r} is no name; {ALLOWED}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrustError(f"{folder / ABOUT} is damaged ({error}): enrol again with a new token") from error
     except OSError as error:
@@ -69,7 +75,11 @@ def read_credentials(ca: Path, certificate: Path, key: Path) -> Credentials:
     authority = certificates(ca)
     own, private = certificates(certificate), _key(key)
     read = Credentials(authority, own, private)
-    if x509.load_pem_x509_certificate(own).public_key() != load_pem_private_key(private, None).public_key():
+    try:
+        belong = x509.load_pem_x509_certificate(own).public_key() == load_pem_private_key(private, None).public_key()
+    except UNREADABLE as error:
+        raise TrustError(f"{certificate} is for a key of an unknown kind ({error}): give the right file") from error
+    if not belong:
         raise TrustError(f"{key} is not the key of {certificate}: give the two that belong together")
     if read.expires_at < datetime.now(UTC):
         raise TrustError(
@@ -84,7 +94,7 @@ def certificates(path: Path) -> bytes:
     content = _read(path)
     try:
         x509.load_pem_x509_certificates(content)
-    except ValueError as error:
+    except UNREADABLE as error:
         raise TrustError(f"{path} holds no certificate in PEM form: give the right file") from error
     return content
 
@@ -93,7 +103,7 @@ def _key(path: Path) -> bytes:
     content = _read(path)
     try:
         load_pem_private_key(content, None)
-    except (ValueError, TypeError) as error:
+    except UNREADABLE as error:
         raise TrustError(f"{path} holds no private key in PEM form that opens without a password: give the right file") from error
     return content
 

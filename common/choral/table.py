@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,8 @@ from choral.errors import DataError
 _COLUMNS, _LONGEST_LINE = 10_000, 1 << 20
 _CLASSES = 2**31  # no network tells so many apart
 _TOLD = 100  # of a file's columns, and of each name the characters
+_CELL_BYTES = 8  # of a number or a reference
+_ALWAYS_BYTES, _INFLATION = 1 << 30, 100  # whatever trains can hold the one; tables of measurements do not shrink by the other
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Table:
 
 
 def read_frame(path: Path) -> pd.DataFrame:
-    """The CSV or Parquet file at `path`, at least one row. Raises DataError."""
+    """The CSV or Parquet file at `path`, at least one row; of Parquet, columns of lists are left out. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path}: {'is not a file' if path.exists() else 'does not exist'}; give the path of a CSV or Parquet file")
     readers = {".csv": _read_csv, ".parquet": _read_parquet}
@@ -108,10 +110,64 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(path)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
     except ImportError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'choral[parquet]'") from error
+    try:
+        with pq.ParquetFile(path) as file:
+            metadata, columns = file.metadata, [field for field in file.schema_arrow if not pa.types.is_nested(field.type)]
+        most, in_memory = max(_ALWAYS_BYTES, _INFLATION * path.stat().st_size), _decoded_bytes(metadata, columns)
+        in_memory += _repeated_bytes(path, metadata, columns, most) if in_memory <= most else 0
+        if in_memory <= most:
+            return pd.read_parquet(path, engine="pyarrow", columns=[field.name for field in columns])
     except Exception as error:
         if isinstance(error, MemoryError):
             raise
         raise DataError(f"{path}: is not a Parquet file ({error})") from error
+    raise DataError(
+        f"{path}: would take {in_memory / 2**20:.0f} MiB of memory, over {_INFLATION} times as much as on the disk: "
+        "is it the right file? If so, split it or leave out columns"
+    )
+
+
+def _row_groups(metadata: Any) -> list[Any]:
+    """What is told of each. Their columns are never asked: there, Arrow ends the process if a file tells nonsense."""
+    return [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+
+
+def _decoded_bytes(metadata: Any, columns: Sequence[Any]) -> int:
+    """Memory that the values of a Parquet file take. What is packed is unpacked, and one value that is repeated written out."""
+    import pyarrow as pa
+
+    row_bytes = sum(field.type.byte_width if pa.types.is_fixed_size_binary(field.type) else _CELL_BYTES for field in columns)
+    return sum(max(group.total_byte_size, row_bytes * group.num_rows) for group in _row_groups(metadata))
+
+
+def _repeated_bytes(path: Path, metadata: Any, columns: Sequence[Any], most: int) -> int:
+    """Memory that texts take which a Parquet file has once and names often: looked at only if it could be more than `most`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    texts = [field.name for field in columns if _is_text(field.type)]
+    if not texts or sum(group.total_byte_size * group.num_rows for group in _row_groups(metadata)) <= most:
+        return 0
+    size = 0
+    with pq.ParquetFile(path, read_dictionary=texts) as file:
+        for batch in file.iter_batches(columns=texts):
+            for column in batch.columns:
+                lengths = pc.binary_length(column.dictionary).cast(pa.int64())
+                size += pc.sum(lengths.take(column.indices)).as_py() or 0
+            if size > most:
+                break
+    return size
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether its values are of no fixed length."""
+    import pyarrow as pa
+
+    return any(
+        is_one(kind) for is_one in (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
+    )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from choral.errors import TrustError
+from choral.names import is_name
 
 SECRET_BYTES = 24
 PROOF = b"choral enrolment 1"
@@ -59,6 +60,8 @@ class Token:
             raise TrustError(_DAMAGED) from None
         if form != _FORMAT:
             raise TrustError("the enrolment token is of another release: install the coordinator's release of Choral")
+        if not is_name(name):
+            raise TrustError("the enrolment token is for a name that nobody may have: ask for a new one")
         token = cls(name, port, authority, secret)
         if str(token) != text:  # the last character has bits that nothing reads
             raise TrustError(_DAMAGED)

@@ -95,9 +95,17 @@ async def newest(config: ServerConfig, limit: int) -> list[Entry]:
 
     async def work(connection: AsyncConnection) -> list[Entry]:
         query = sa.select(HISTORY).order_by(HISTORY.c.sequence.desc()).limit(limit)
-        return [entry_from_row(row._asdict()) for row in await connection.execute(query)]
+        return [_typed(entry_from_row(row._asdict())) for row in await connection.execute(query)]
 
     return await _read(config, work)
+
+
+def _typed(entry: Entry) -> Entry:
+    """The entry. Raises ValueError: it has values of other types, as SQLite may have in any column."""
+    texts, blobs = (entry.what, entry.facts), (entry.before, entry.digest, entry.signature)
+    if not (type(entry.sequence) is int and all(type(one) is str for one in texts) and all(type(one) is bytes for one in blobs)):
+        raise ValueError(f"in entry {entry.sequence!r}")
+    return entry
 
 
 async def lineage(config: ServerConfig, digest: bytes, progress: Progress = lambda done, total: None) -> list[Ancestor]:
@@ -115,7 +123,7 @@ async def lineage(config: ServerConfig, digest: bytes, progress: Progress = lamb
         async for entry in _entries(connection):
             if chain.add(entry) and entry.what in (VERSION, ROUND):
                 found = versions if entry.what == VERSION else rounds
-                found[_KEYS[entry.what](entry.content)] = entry
+                found[_KEYS[entry.what](_facts(entry))] = entry
             pace.step()
         chain.end()
         if faults := [*chain.faults, *_of_key(chain, key)]:
@@ -132,8 +140,12 @@ def _line(versions: Mapping[Key, Entry], rounds: Mapping[Key, Entry], digest: by
             f"history: no version has the SHA-256 {digest.hex()}: the file was changed, or is another federation's or run's; "
             "compare it with `choral versions list`"
         )
+    told: set[Key] = set()
     while place is not None:
         entry = versions[place]
+        if place in told:
+            raise HistoryBroken(f"history: {_NAMES[VERSION](place)} (entry {entry.sequence}) descends from itself: {_RESTORE}")
+        told.add(place)
         facts = entry.content
         made_in = rounds.get((facts["run"], facts["round"]))
         yield Ancestor(entry.sequence, entry.at, facts, made_in.content if made_in is not None else None)
@@ -152,6 +164,24 @@ def _must_match(entry: Entry | None, parent: Facts, child: Entry) -> None:
         )
     if entry.content["digest"] != parent["digest"]:
         raise HistoryBroken(f"history: entry {child.sequence} names another {named} as parent than entry {entry.sequence} tells of")
+
+
+_TOLD: Mapping[str, Mapping[str, type]] = {
+    VERSION: {"run": str, "number": int, "digest": str},
+    ROUND: {"run": str, "round": int, "kind": str, "accepted": int, "asked": int, "plan": str},
+}
+
+
+def _facts(entry: Entry) -> Facts:
+    """What an entry tells of a version or a round. Raises ValueError: not what it must; whoever has a key can sign that too."""
+    facts = entry.content
+    about = [(entry.what, facts)]
+    if entry.what == VERSION and facts["parent"] is not None:
+        about.append((VERSION, facts["parent"]))
+    wrong = [name for what, one in about for name, kind in _TOLD[what].items() if type(one[name]) is not kind]
+    if wrong or (entry.what == VERSION and type(facts["round"]) not in (int, type(None))):
+        raise ValueError(f"entry {entry.sequence} does not tell what one of a {entry.what} must: {', '.join(wrong) or 'round'}")
+    return facts
 
 
 # What the history tells of records
@@ -324,7 +354,7 @@ async def _read(config: ServerConfig, work: Callable[[AsyncConnection], Awaitabl
     async with _opened(config) as database:
         try:
             return await database.read(lambda connection: _checked(connection, database.name, work))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             found = f"database: {database.name} holds something that no coordinator wrote ({error})"
             raise HistoryBroken(f"{found}: {_RESTORE}") from error
 

@@ -22,7 +22,7 @@ from choral_server.config import Limits, ServerConfig, Tls
 from choral_server.enrolment_service import EnrolmentService
 from choral_server.membership import Membership
 from choral_server.service import FederationService
-from choral_server.trust import certificate_in, key_in, signed_by
+from choral_server.trust import belong_together, certificate_in, key_in, signed_by
 
 FEDERATION, ENROLMENT, ADMIN = (
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -173,7 +173,7 @@ async def _describe(server: grpc.aio.Server, *services: str) -> None:
 def _credentials(tls: Tls, certified: bool) -> grpc.ServerCredentials:
     """The coordinator's certificate, with its authority's for who knows only that; `certified`: ask for one in return."""
     own, key, ca = certificate_in(tls.certificate), key_in(tls.key), certificate_in(tls.ca)
-    if own.public_key() != key.public_key():
+    if not belong_together(own, key):
         raise TrustError(f"tls.key: {tls.key} is not the key of {tls.certificate}: give the two that belong together")
     if tls.ca_key is not None and not signed_by(own, ca):
         raise TrustError(

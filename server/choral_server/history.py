@@ -51,7 +51,10 @@ class Entry:
     @property
     def content(self) -> dict[str, Any]:
         """The facts. Raises ValueError: they are not what was written."""
-        content = json.loads(self.facts)
+        try:
+            content = json.loads(self.facts)
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"entry {self.sequence} has no facts ({error})") from error
         if not isinstance(content, dict):
             raise ValueError(f"entry {self.sequence} has no facts")
         return content

@@ -11,10 +11,11 @@ from typing import Any
 
 import structlog
 from choral.errors import ChoralError, ConfigError, InvalidMessage, NotAllowed, Revoked, TokenRefused, Unauthenticated, WrongState
+from choral.identity import UNREADABLE
 from choral.names import ALLOWED, is_name
 from choral.token import PROOF, Token, digest_of
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
@@ -222,7 +223,7 @@ def _owner(certificate: bytes) -> Caller:
         read = x509.load_pem_x509_certificate(certificate)
         names = read.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         key, expires_at = key_digest(read.public_key()), read.not_valid_after_utc
-    except ValueError as error:
+    except UNREADABLE as error:
         raise Unauthenticated(f"the certificate cannot be read ({error}): make another") from error
     name = str(names[0].value) if len(names) == 1 else ""
     if not is_name(name):
@@ -237,7 +238,7 @@ def _requested(request: bytes) -> Any:
     try:
         read = x509.load_der_x509_csr(request)
         key, signed = read.public_key(), read.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise InvalidMessage(f"the signing request cannot be read ({error}): update Choral on both sides") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise InvalidMessage("the signing request is for a key of another kind: an ECDSA P-256 key is needed")

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from choral.durable import write_durably
 from choral.errors import TrustError
-from choral.identity import BACKDATED
+from choral.identity import BACKDATED, UNREADABLE
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
@@ -39,7 +39,7 @@ class Authority:
     def load(cls, certificate: Path, key: Path) -> Self:
         """From PEM files. Raises TrustError: one cannot be used, or they do not belong together."""
         own, private = certificate_in(certificate), key_in(key)
-        if own.public_key() != private.public_key():
+        if not belong_together(own, private):
             raise TrustError(f"tls.ca_key: {key} is not the key of {certificate}: give the two that belong together")
         return cls(own, private)
 
@@ -70,7 +70,10 @@ class Authority:
             raise TrustError(
                 f"tls.certificate: {path} expires on {old.not_valid_after_utc:%Y-%m-%d}, and is not signed by tls.ca: replace it"
             )
-        names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        try:
+            names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except (*UNREADABLE, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+            raise TrustError(f"tls.certificate: {path} names no host: make another with `choral server init`") from error
         new = _signed_server(key_in(key), names, self.certificate, self._key)
         try:
             write_durably(path, new.public_bytes(serialization.Encoding.PEM))
@@ -86,7 +89,7 @@ def signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> boo
     """Whether this authority has."""
     try:
         certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
+    except (*UNREADABLE, InvalidSignature):
         return False
     return True
 
@@ -95,7 +98,7 @@ def certificate_in(path: Path) -> x509.Certificate:
     """The first certificate in a PEM file. Raises TrustError."""
     try:
         return x509.load_pem_x509_certificates(_content(path))[0]
-    except (ValueError, IndexError) as error:
+    except (*UNREADABLE, IndexError) as error:
         raise TrustError(f"tls: {path} holds no certificate in PEM form: give the right file") from error
 
 
@@ -103,13 +106,21 @@ def key_in(path: Path) -> Key:
     """The private key in a PEM file. Raises TrustError: it is none, or of a kind that clients' TLS refuses."""
     try:
         key = serialization.load_pem_private_key(_content(path), None)
-    except (ValueError, TypeError) as error:
+    except UNREADABLE as error:
         raise TrustError(
             f"tls: {path} holds no private key in PEM form that opens without a password: give the right file"
         ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
         raise TrustError(f"tls: {path} holds a key that gRPC's TLS cannot use: make an ECDSA P-256 or RSA key")
     return key  # type: ignore[return-value]
+
+
+def belong_together(certificate: x509.Certificate, key: Key) -> bool:
+    """Whether the certificate is for this key; one for a key that cannot be read is for none."""
+    try:
+        return certificate.public_key() == key.public_key()
+    except UNREADABLE:
+        return False
 
 
 def _content(path: Path) -> bytes:

@@ -260,7 +260,11 @@ def test_the_day_is_counted_across_restarts_and_begins_anew(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"day": "2026-11-25", "worked_s": "x"}', '{"day": "2026-11-25", "worked_s": NaN}']
+    "content",
+    [
+        *("", "[]", "{}", "[" * 100_000),
+        *(f'{{"day": "2026-11-25", "worked_s": {value}}}' for value in ('"x"', "NaN", "9" * 400)),
+    ],
 )
 def test_a_damaged_book_allows_nothing(tmp_path: Path, content: str) -> None:
     (tmp_path / "work.json").write_text(content)

@@ -75,6 +75,12 @@ def test_what_a_crash_left_half_written_is_passed_over(tmp_path: Path) -> None:
     assert lines(tmp_path) == [1, 2, 4]
 
 
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a":' * 100_000, "null", "7", '{"sequence": 1}'])
+def test_a_line_that_is_no_head_is_passed_over(tmp_path: Path, line: str) -> None:
+    (tmp_path / "heads.jsonl").write_text(f"{line}\n{to_line(head(2))}")
+    assert Heads(tmp_path).newest == head(2)
+
+
 def test_a_disk_that_takes_nothing_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "heads.jsonl").mkdir()
     heads = Heads(tmp_path)

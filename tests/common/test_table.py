@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from choral.errors import DataError
@@ -142,6 +145,47 @@ def test_refuses_empty_cells_and_rows_in_parquet_too(tmp_path: Path) -> None:
     assert _refusal(path).startswith("row 2, column rooms is empty")
     pd.DataFrame({"rooms": [], "age": [], "price": []}).to_parquet(path)
     assert _refusal(path).startswith("has no rows")
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_refuses_parquet_that_is_far_larger_in_memory_than_on_the_disk(tmp_path: Path, repeated: bool) -> None:
+    """Zeros that are packed; or one long text, which the file has once and each of its rows names."""
+    path = tmp_path / "bomb.parquet"
+    zeros, text = pa.array(np.zeros(1_000_000)), pa.DictionaryArray.from_arrays(np.zeros(2_000, np.int32), ["x" * 1_000_000])
+    with pq.ParquetWriter(path, pa.schema({"a": text.type if repeated else pa.float64()})) as writer:
+        for _ in range(1 if repeated else 140):
+            writer.write_table(pa.table({"a": text if repeated else zeros}))
+    tracemalloc.start()
+    before = pa.default_memory_pool().max_memory()
+    with pytest.raises(DataError, match=r"would take .* MiB of memory, over 100 times as much as on the disk"):
+        read_frame(path)
+    assert pa.default_memory_pool().max_memory() - before < 64 << 20
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+
+
+def test_parquet_that_tells_nonsense_of_a_column_is_refused_and_ends_no_process(tmp_path: Path) -> None:
+    """As fuzzing found it: the histogram of a column has another number of levels than the column."""
+    path = tmp_path / "shard.parquet"
+    pd.DataFrame({"a": [0.5, 1.5, 2.0]}).to_parquet(path, compression=None)
+    content = path.read_bytes()
+    metadata, length = content[:-8], int.from_bytes(content[-8:-4], "little")
+    nonsense = metadata.replace(b"\x19\x26\x00\x06\x00", b"\x19\x36\x00\x06\x00\x00")  # three levels, where there are two
+    assert len(nonsense) == len(metadata) + 1
+    path.write_bytes(nonsense + (length + 1).to_bytes(4, "little") + content[-4:])
+    with pytest.raises(DataError, match="is not a Parquet file"):
+        read_frame(path)
+
+
+def test_columns_of_lists_are_left_out(tmp_path: Path) -> None:
+    pd.DataFrame({"a": [1.0, 2.0], "b": [[1], [2]]}).to_parquet(tmp_path / "lists.parquet")
+    assert list(read_frame(tmp_path / "lists.parquet").columns) == ["a"]
+
+
+def test_one_text_in_many_rows_is_read(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"street": ["Elm" * 20] * 5_000, "price": range(5_000)})
+    frame.to_parquet(tmp_path / "streets.parquet")
+    assert read_frame(tmp_path / "streets.parquet").equals(frame)
 
 
 def test_a_frame_holds_all_columns(tmp_path: Path) -> None:

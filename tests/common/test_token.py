@@ -42,6 +42,13 @@ def test_what_is_no_token(text: str) -> None:
         Token.parse(text)
 
 
+@pytest.mark.parametrize("name", ["", "..", "/../../escaped", "a/b", "a\n", "a\0", "x" * 65, "é"])
+def test_a_name_that_nobody_may_have_is_refused(name: str) -> None:
+    """It becomes the name of a folder."""
+    with pytest.raises(TrustError, match="for a name that nobody may have"):
+        Token.parse(str(Token(name, 8471, bytes(32))))
+
+
 def test_a_secret_is_new_each_time_and_shows_nowhere_else() -> None:
     one, other = (Token("alice", 8471, bytes(32)) for _ in range(2))
     assert one.secret != other.secret

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from choral import config
 from choral.address import HostPort
-from choral.errors import ConfigError, DataError, Declined, TaskError
+from choral.errors import ConfigError, DataError, Declined, TaskError, TrustError
 from choral.plan import Kind, Plan, Training
 from choral.table import Table
 from choral.wire import header_to_pb
@@ -32,6 +32,7 @@ from choral_client.diary import Diary
 from choral_client.outbox import Outbox, Parcel
 from choral_client.work import Work
 from choral_deploy.client_commands import _config as client_config
+from choral_server import history_key
 from choral_server.aggregate import WeightedSum
 from choral_server.backups.contents import CONTENTS
 from choral_server.backups.reading import Backup
@@ -112,6 +113,10 @@ name: alice
 task: small:task
 data: shard.csv
 ca: ca.pem
+certificate: alice.pem
+key: alice.key
+guard: guard.yaml
+first_contact_s: 5.0
 holdout: 0.2
 follow: false
 threads: 2
@@ -363,7 +368,7 @@ def assignment(folder: Path) -> Iterator[Decode]:
     header = network.header(Kind.TRAINING, content)
 
     def decode(data: bytes) -> None:
-        name = data.decode("utf-8", "surrogatepass" if data[:1] == b"s" else "ignore")
+        name = data.decode("utf-8", "surrogateescape" if data[:1] == b"s" else "ignore")
         kept.save(Parcel(replace(header, assignment=name), 3), memoryview(content))
         assert kept.assignments() == [name]
         assert kept.load(name) is not None
@@ -475,7 +480,7 @@ async def _backed_up(folder: Path) -> bytes:
 
     settings = config.parse({**CONFIG, "state": str(folder)}, ServerConfig, "server.yaml")
     database, troubles = await Database.open(settings.database_url, Troubles()), Troubles()
-    store = await Store.open(database, await Lease.take(database, "here", 60.0))
+    store = await Store.open(database, await Lease.take(database, "here", 60.0), history_key.made(folder))
     artifacts = FolderArtifacts(folder)
     run = await Runs(settings, TASK, None, store, lambda name: Checkpoints(artifacts, folder, name), troubles).open(NOON)
     part = Part("run/0/alice/0", "alice", PartState.ACCEPTED, examples=10, digest=bytes(32))
@@ -646,12 +651,14 @@ TARGETS = [
         (b'"weight": ', b'"contained": '),
         hostile=accumulator_hostile,
     ),
-    Target("backup", restoring(bytes), lambda: [backup_seed()], (ConfigError,), TAR, examples=25, hostile=backup_hostile),
+    Target(
+        "backup", restoring(bytes), lambda: [backup_seed()], (ConfigError, TrustError), TAR, examples=25, hostile=backup_hostile
+    ),
     Target(
         "rows of a backup",
         restoring(backup_of),
         lambda: [backup_rows_seed()],
-        (ConfigError,),
+        (ConfigError, TrustError),
         ROWS,
         examples=15,
         hostile=backup_rows_hostile,

@@ -19,9 +19,10 @@ from choral.table import Table
 from choral.task import Task
 from choral_client.transport import GrpcTransport
 from choral_server.artifacts import FolderArtifacts
+from choral_server.caller import CALLER, Caller, Role
 from choral_server.checkpoints import Checkpoints
 from choral_server.collection import Collection, House, assignment_id
-from choral_server.config import ServerConfig
+from choral_server.config import Limits, ServerConfig
 from choral_server.coordinator import Coordinator
 from choral_server.database import Database
 from choral_server.lease import Lease
@@ -33,11 +34,14 @@ from choral_server.spool import Spool
 from choral_server.store import Store
 from choral_server.transfers import Transfers
 from choral_server.troubles import Troubles
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import nn
 from torch.nn.functional import mse_loss
 
 NOON = datetime(2025, 6, 1, 12, tzinfo=UTC)
 CLIENT = "alice"
+SIGNS = Ed25519PrivateKey.from_private_bytes(bytes(32))
+"""signs the history"""
 
 
 def model() -> nn.Module:
@@ -65,6 +69,9 @@ class Call:
     def peer(self) -> str:
         return "ipv4:192.0.2.1:40000"
 
+    async def write(self, _message: object) -> None:
+        pass
+
     async def abort(self, _code: grpc.StatusCode, details: str, _trailing: object = ()) -> NoReturn:
         raise Aborted(details)
 
@@ -77,7 +84,7 @@ class Floor:
         self.house = house
         self.spool = Spool(folder / "spool", house.troubles)
         self.coordinator = Coordinator(run, house, self.spool, folder, 15.0, _no_other_run)
-        self.service = FederationService(self.coordinator, house.sessions, house.transfers, 15.0)
+        self.service = FederationService(self.coordinator, house.sessions, house.transfers, 15.0, Limits())
         self.coordinator.attendance.settled = True
 
     @classmethod
@@ -85,11 +92,12 @@ class Floor:
         troubles = Troubles()
         config = parse(CONFIG, ServerConfig, "server.yaml")
         database = await Database.open("sqlite://", troubles)
-        store = await Store.open(database, await Lease.take(database, "here", 36_000.0))
+        store = await Store.open(database, await Lease.take(database, "here", 36_000.0), SIGNS)
         artifacts = FolderArtifacts(folder)
         run = await Runs(
             config, TASK, None, store, lambda name: Checkpoints(artifacts, folder, name, config.run.keep_versions), troubles
         ).open(NOON)
+        CALLER.set(Caller(CLIENT, Role.DEVICE, certified=True))  # the gate has let it through
         run.record = replace(run.record, nonce="00000000")  # so that a corpus has the names of this process
         sessions = Sessions(TASK.name, TASK.version, run.model.manifest)
         return cls(run, House(store, sessions, Transfers(), troubles, 2**20, lambda: NOON), folder)

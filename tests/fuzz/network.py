@@ -38,7 +38,9 @@ from choral.status import DOMAIN, from_rpc
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import model_pb2 as mb
 from choral_client.backoff import Patience
+from choral_client.checkpoint import Expected
 from choral_client.model_file import ModelFile
+from choral_server.global_model import GlobalModel
 from fuzz.house import CLIENT, TASK, Aborted, Call, Floor, Link, hello, loop
 from fuzz.target import Decode, Make, Target, framed, in_memory, pieces_of
 from google.protobuf import any_pb2
@@ -48,7 +50,8 @@ from google.rpc import error_details_pb2, status_pb2
 TOLD = 3000  # characters: twice, and encoded, they must fit into the 8 KiB that gRPC has for the end of a call
 ASSIGNMENT = f"run/0/{CLIENT}/00000000"
 BYTES = {Kind.TRAINING: 4 * 5, Kind.STATISTICS: 8 * 5, Kind.EVALUATION: 0}
-VERSION = VersionRef(3, hashlib.sha256(b"weights").digest(), 7)
+WEIGHTS = GlobalModel(TASK, 0).to_bytes({})
+VERSION = VersionRef(3, hashlib.sha256(WEIGHTS).digest(), len(WEIGHTS))
 
 
 @cache
@@ -268,7 +271,7 @@ def download(folder: Path) -> Any:
     async def fetched(link: Link, data: bytes) -> None:
         first, *rest = pieces_of(data) or [b""]
         version = wire.version_from_pb(mb.ModelVersion.FromString(first))
-        model = ModelFile(link.says(decoded(pb.DownloadResponse, rest)), folder, _Impatient(Random(0)))
+        model = ModelFile(link.says(decoded(pb.DownloadResponse, rest)), folder, _Impatient(Random(0)), Expected(manifest()))
         content = await model.obtain(version)
         assert hashlib.sha256(content).digest() == version.digest
 
@@ -283,16 +286,26 @@ class _Impatient(Patience):
 
 
 def download_seeds() -> list[bytes]:
-    content = b"weights"
     announced = wire.version_to_pb(VERSION).SerializeToString()
-    for_each = [pb.DownloadResponse(chunk=wire.chunk(content[at : at + 4], at)).SerializeToString() for at in (0, 4)]
+    half = len(WEIGHTS) // 2
+    pieces = [wire.chunk(WEIGHTS[:half], 0), wire.chunk(WEIGHTS[half:], half)]
+    for_each = [pb.DownloadResponse(chunk=piece).SerializeToString() for piece in pieces]
     return [framed([announced, *for_each]), framed([announced])]
 
 
 def download_hostile() -> list[bytes]:
     versions = [VersionRef(3, b"", 7), VersionRef(3, VERSION.digest, 2**63 - 1), VersionRef(3, b"../../../escaped", -1)]
-    piece = pb.DownloadResponse(chunk=wire.chunk(b"weights", 0)).SerializeToString()
-    return [framed([wire.version_to_pb(version).SerializeToString(), piece]) for version in versions]
+    piece = pb.DownloadResponse(chunk=wire.chunk(WEIGHTS, 0)).SerializeToString()
+    announced = [framed([wire.version_to_pb(version).SerializeToString(), piece]) for version in versions]
+    others = [b"weights", WEIGHTS.replace(b"F32", b"F64"), WEIGHTS.replace(b"F32", b"F8_E5M2"), b"\xff" * 7 + b"\x7f{}"]
+    return [*announced, *map(_published, others)]
+
+
+def _published(content: bytes) -> bytes:
+    """What a coordinator publishes as a version, with its true digest."""
+    version = VersionRef(3, hashlib.sha256(content).digest(), len(content))
+    piece = pb.DownloadResponse(chunk=wire.chunk(content, 0))
+    return framed([wire.version_to_pb(version).SerializeToString(), piece.SerializeToString()])
 
 
 def resumed(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Fuzz every target, each in a process of its own, one after the other: `make fuzz`, or
+"""Fuzz every target, each in a process of its own, one after the other, and then the slow ones again: `make fuzz`, or
 
     python tests/fuzz/run.py --seconds 600 [--target NAME]... [--engine atheris|chance]
     python tests/fuzz/run.py --replay out/fuzz/findings/FILE
@@ -246,11 +246,25 @@ def _all(wanted: list[str], seconds: float, engine: str) -> int:
     console.print(f"{len(names)} targets, {seconds:g} s in all; inputs are made by {guided}")
     began, reports = time.monotonic(), dict[str, Report]()
     with _bar(console, seconds) as advance:
-        for place, name in enumerate(names):
-            left_s = began + seconds - time.monotonic()
-            reports[name] = _supervise(name, max(left_s / (len(names) - place), 0.5), engine, partial(advance, name, began))
+        for until, turn in ((seconds / 2, _equal), (seconds, _slow)):
+            chosen = turn(names, reports)
+            for place, name in enumerate(chosen):
+                left_s = began + until - time.monotonic()
+                own_s = max(left_s / (len(chosen) - place), 0.5)
+                reports[name] = _supervise(name, own_s, engine, partial(advance, name, began), reports.get(name, Report()))
     _show(console, reports)
     return int(any(report.findings for report in reports.values()))
+
+
+def _equal(names: list[str], reports: dict[str, Report]) -> list[str]:
+    """Half of the time is for all alike."""
+    return names
+
+
+def _slow(names: list[str], reports: dict[str, Report]) -> list[str]:
+    """The other half is for the slower half of them, which hardly gets past its seeds."""
+    by_executions = sorted(names, key=lambda name: reports[name].executions)
+    return [name for name in by_executions if len(reports[name].findings) < ENOUGH][: -(-len(names) // 2)]
 
 
 @contextmanager
@@ -264,16 +278,17 @@ def _bar(console: Any, seconds: float) -> Iterator[Callable[[str, float], None]]
         yield lambda name, began: progress.update(task, description=name, completed=time.monotonic() - began, refresh=True)
 
 
-def _supervise(name: str, seconds: float, engine: str, advance: Callable[[], None]) -> Report:
-    """Fuzz one target; starts it again where an input killed it."""
-    path, until, before = OUT / "reports" / f"{_slug(name)}.json", time.monotonic() + seconds, Report()
+def _supervise(name: str, seconds: float, engine: str, advance: Callable[[], None], before: Report) -> Report:
+    """Fuzz one target, which has been `before`; starts it again where an input killed it."""
+    path, until = OUT / "reports" / f"{_slug(name)}.json", time.monotonic() + seconds
     while True:
         path.unlink(missing_ok=True)
         died = _process(name, until, engine, advance, path)
         report = Report.read(path)
         report = Report(
-            before.executions + report.executions, before.seconds + report.seconds, {**before.findings, **report.findings}
+            before.executions + report.executions, before.seconds + report.seconds, {**report.findings, **before.findings}
         )
+        report.findings = {told: file for file, told in {file: told for told, file in report.findings.items()}.items()}
         if died is not None:
             report.findings[died] = str(_keep(name, died, _last_input(name)))
         if died is None or time.monotonic() > until or len(report.findings) >= ENOUGH:

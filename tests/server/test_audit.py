@@ -25,7 +25,7 @@ from choral_server.backups.restoring import restore
 from choral_server.backups.taking import back_up
 from choral_server.config import ServerConfig
 from choral_server.database import Database
-from choral_server.facts import configuration, in_words
+from choral_server.facts import ROUND, VERSION, configuration, in_words
 from choral_server.lease import Lease
 from choral_server.records import EventRecord, Origin, Record, RunRecord, VersionRecord
 from choral_server.rounds import Part, PartState, Round, RoundState
@@ -336,6 +336,43 @@ async def test_a_line_leads_back_to_the_first_version(config: ServerConfig) -> N
     await tamper(config, "DELETE FROM history WHERE sequence = 3")
     with pytest.raises(HistoryBroken, match="entry 3 is missing, so it proves nothing"):
         await lineage(config, digest(9))
+
+
+async def test_a_line_that_leads_back_to_itself_ends(config: ServerConfig) -> None:
+    """Whoever has the key can sign it."""
+    await fill(config)
+    async with opened(config) as store:
+        await store.commit(replace(RUN, latest=4), version(4, parent=Origin("run", 4, digest(4))))
+    with pytest.raises(HistoryBroken, match=r"version 4 of run run \(entry \d+\) descends from itself"):
+        await lineage(config, digest(4))
+
+
+@pytest.mark.parametrize("what", [VERSION, ROUND])
+@pytest.mark.parametrize("facts", [{}, {"run": [], "number": 7, "round": 7}, {"run": "run", "number": {}, "round": {}}])
+async def test_an_entry_without_its_facts_is_told_as_that(config: ServerConfig, what: str, facts: dict[str, Any]) -> None:
+    await fill(config)
+    async with opened(config) as store:
+        await store._enter(what, facts)
+    with pytest.raises(HistoryBroken, match="holds something that no coordinator wrote"):
+        await lineage(config, digest(1))
+    await audit(config, {})
+
+
+@pytest.mark.parametrize("facts", ["[" * 100_000, "[]", ""])
+async def test_facts_that_cannot_be_read_are_a_fault(config: ServerConfig, facts: str) -> None:
+    await fill(config)
+    await tamper(config, f"UPDATE history SET facts = '{facts}' WHERE sequence = 1")
+    assert any("entry 1 was changed" in found for found in told(await audit(config, {})))
+
+
+@pytest.mark.parametrize("change", ["digest = 'text'", "what = x'00'", "facts = x'7b7d'", "before = 7"])
+async def test_an_entry_of_other_types_cannot_be_shown(tmp_path: Path, change: str) -> None:
+    """SQLite has any type in any column."""
+    config = configured(tmp_path / "state", f"sqlite:///{tmp_path / 'choral.db'}")
+    await fill(config)
+    await tamper(config, f"UPDATE history SET {change} WHERE sequence = 3")
+    with pytest.raises(HistoryBroken, match="holds something that no coordinator wrote"):
+        await newest(config, 20)
 
 
 # The key

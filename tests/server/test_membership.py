@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ssl
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,27 @@ async def test_who_enrols_is_known_by_the_tokens_name_and_role(membership: Membe
     read = x509.load_pem_x509_certificate(certificate)
     assert read.public_key() == device.key.public_key()
     assert read.subject.rfc4514_string() == f"OU={role.value},CN=alice"  # not what the request says
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2a8648ce3d030163")),  # a curve that nobody knows
+        (bytes.fromhex("2a8648ce3d0201"), bytes.fromhex("2a8648ce3d0263")),  # a kind of key
+        (bytes.fromhex("020100"), bytes.fromhex("020107")),  # a version of requests,
+        (bytes.fromhex("020102"), bytes.fromhex("020107")),  # and of certificates
+        (bytes.fromhex("0c05616c696365"), bytes.fromhex("0305616c696365")),  # a name of bits
+    ],
+)
+async def test_what_no_release_can_read_is_refused_by_name(membership: Membership, old: bytes, new: bytes) -> None:
+    device, shown = await enrolled(membership)
+    der = x509.load_pem_x509_certificate(shown).public_bytes(Encoding.DER)
+    if old in der and not (old in device.request() and len(old) == 3):
+        with pytest.raises(Unauthenticated):
+            membership.identify(ssl.DER_cert_to_PEM_cert(der.replace(old, new)).encode())
+    if old in device.request():
+        with pytest.raises(InvalidMessage, match="the signing request"):
+            await membership.renew(membership.identify(shown), device.request().replace(old, new))
 
 
 async def test_a_token_is_kept_as_a_hash_only_and_used_up(home: Home, membership: Membership) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import base64
 import ipaddress
+import ssl
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -14,10 +16,12 @@ from choral.status import from_rpc
 from choral_server.trust import Authority, certificate_in, key_in, make_authority
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 FILES = ["ca.key", "ca.pem", "server.key", "server.pem"]
+NOW = datetime.now(UTC)
+P256, EC_KEY = bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2a8648ce3d0201")
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -162,6 +166,33 @@ def test_a_certificate_of_another_authority_is_not_ours_to_renew(tmp_path: Path)
     assert other.issuer.rfc4514_string() == renamed  # all authorities of `init` have one name: the signature tells them apart
     with pytest.raises(TrustError, match="is not signed by"):
         own.renew_server(theirs, tmp_path / "theirs" / "server.key", other.not_valid_after_utc)
+
+
+def test_a_certificate_that_names_no_host_cannot_be_renewed(tmp_path: Path) -> None:
+    make_authority(tmp_path, ["localhost"])
+    authority = Authority.load(tmp_path / "ca.pem", tmp_path / "ca.key")
+    nameless = authority.certify(key_in(tmp_path / "server.key").public_key(), "x", "device", 60.0, NOW)
+    (tmp_path / "server.pem").write_bytes(nameless.public_bytes(Encoding.PEM))
+    with pytest.raises(TrustError, match="names no host: make another"):
+        authority.renew_server(tmp_path / "server.pem", tmp_path / "server.key", NOW)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(P256, P256[:-1] + b"c"), (EC_KEY, EC_KEY[:-1] + b"c"), (b"\x02\x01\x02", b"\x02\x01\x07")]
+)
+def test_what_no_release_can_read_is_named(tmp_path: Path, old: bytes, new: bytes) -> None:
+    """A curve, a kind of key and a version of certificates that do not exist."""
+    make_authority(tmp_path, ["localhost"])
+    certificate = certificate_in(tmp_path / "ca.pem").public_bytes(Encoding.DER)
+    key = key_in(tmp_path / "ca.key").private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    pem = "-----BEGIN PRIVATE KEY-----\n{}-----END PRIVATE KEY-----\n"
+    (tmp_path / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(certificate.replace(old, new)))
+    with pytest.raises(TrustError, match=r"is not the key of|holds no certificate"):
+        Authority.load(tmp_path / "ca.pem", tmp_path / "ca.key")
+    if old in key:
+        (tmp_path / "ca.key").write_text(pem.format(base64.encodebytes(key.replace(old, new)).decode()))
+        with pytest.raises(TrustError, match="holds no private key"):
+            key_in(tmp_path / "ca.key")
 
 
 def test_what_is_no_key_or_certificate_is_named(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ async def restore(config: ServerConfig, file: Path, now: datetime, progress: Pro
 
     Rounds that were under way are abandoned: their uploads are in no backup. Versions are written first and all rows in one
     transaction, so what is interrupted can be done again. Raises ConfigError, and has changed nothing: the file cannot be used, the
-    database is not empty or in use, or the store has other files in the versions' place. Raises ArtifactsGone, LeaseLost.
+    database is not empty or in use, or the store has other files in the versions' place; TrustError: its key of the
+    history is none. Raises ArtifactsGone, LeaseLost.
     """
     path = database_file(config)
     with Backup.open(file, progress) as backup, locked(config.state):
