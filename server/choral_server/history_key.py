@@ -56,7 +56,8 @@ async def key_for(state: Path, database: Database) -> Ed25519PrivateKey:
         return key
     what = "is gone" if key is None else f"did not sign entry {newest.sequence}, the newest, or that entry was changed"
     raise ConfigError(
-        f"history: {path_of(state)} {what}: put the file back from where it was (a file by `choral backup` holds it), or let "
+        f"history: {path_of(state)} {what}: put the file back from where it was (a file by `choral backup` holds it; a "
+        "coordinator that takes over on another machine needs a copy of it), or let "
         "the history go on with a new key (`choral audit renew-key`): clients will warn of it. `choral audit verify` says more"
     )
 

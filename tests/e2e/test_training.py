@@ -162,7 +162,7 @@ def test_a_client_opens_no_data_but_its_shard(repeated: Trained) -> None:
     assert data == {repeated.shards["alice"]}
     here = {path for path in opened if path.is_relative_to(home)}
     own = home / "alice" / "client"
-    known = {home / "audited.py", home / "ca.pem", repeated.shards["alice"]}
+    known = {home / "audited.py", home / "alice.token", repeated.shards["alice"]}
     assert {path for path in here - known if not path.is_relative_to(own)} == set()
 
 

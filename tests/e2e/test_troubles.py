@@ -112,8 +112,8 @@ def doctor(federation: Federation, code: int) -> list[dict[str, Any]]:
 
 
 def test_no_round_begins_on_a_disk_that_could_not_take_it(quick: Federation) -> None:
-    exact.configure(quick, ROUNDS)
     with disk(quick.folder / "state", 16 << 20) as folder:
+        exact.configure(quick, ROUNDS)
         (folder / "ballast").write_bytes(bytes(15 << 20))
         coordinator = quick.start_coordinator()
         clients = [exact.start_client(quick, name) for name in exact.CLIENTS]
@@ -134,7 +134,8 @@ def test_of_two_coordinators_on_one_database_one_works(quick: Federation, postgr
     second.write_text(quick.config.read_text().replace("state: state", "state: state-2"))
 
     (quick.folder / "state-2").mkdir()
-    shutil.copy(quick.folder / "state" / "holder", quick.folder / "state-2" / "holder")  # a copy is another coordinator
+    for name in ("holder", "history.key"):  # a copy is another coordinator, which needs the key to go on with the history
+        shutil.copy(quick.folder / "state" / name, quick.folder / "state-2" / name)
     refused = quick.start("second", "server", "-c", second, environment=object_store.credentials())
     assert refused.code() == 2
     assert "is in use by coordinator " in refused.stderr

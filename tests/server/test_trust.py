@@ -76,7 +76,7 @@ async def test_a_client_refuses_a_name_that_the_certificate_does_not_have(tmp_pa
     async with _served(tmp_path) as port:
         error = await _refusal(f"127.0.0.1:{port}", (tmp_path / "ca.pem").read_bytes())
     assert type(error) is TrustError
-    assert "an address that was given to it with --host" in str(error)
+    assert "use an address that was given to `choral server init` with --host" in str(error)
 
 
 def test_names_and_addresses_are_in_the_certificate(tmp_path: Path) -> None:
