@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import os
-import shutil
 import socket
 import ssl
 from contextlib import suppress
@@ -18,8 +17,8 @@ import structlog
 from choral import identity
 from choral.address import HostPort
 from choral.durable import sync_folder, write_durably
-from choral.errors import TrustError, Unreachable
-from choral.identity import Credentials, Identity, read_credentials, read_identity
+from choral.errors import ConfigError, TrustError, Unreachable
+from choral.identity import Credentials, Identity, held, read_credentials, read_identity
 from choral.status import from_rpc
 from choral.token import PROOF, Token
 from choral.v1 import enrolment_pb2 as pb
@@ -31,17 +30,21 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 log = structlog.get_logger()
-_NEW, _OLD = f"{identity.FOLDER}.new", f"{identity.FOLDER}.old"
 _CALL_S = 20.0
 
 
 async def enrol(token: Token, server: HostPort, state: Path) -> Identity:
     """Enrol with a token at the coordinator whose clients' port is `server`; the identity is then in `state`, in place of an older.
 
-    What was begun and got no answer goes on with the same keys. Raises TrustError: the coordinator is not the token's; Unreachable;
-    TokenRefused.
+    What was begun and got no answer goes on with the same keys. Raises TrustError: the coordinator is not the token's, or a file
+    cannot be written; ConfigError: `state` is another member's; Unreachable; TokenRefused.
     """
-    fresh = state / _NEW
+    with suppress(TrustError):  # one that cannot be used is in nobody's way
+        if (other := held(state)) is not None and other.name != token.name:
+            raise ConfigError(
+                f"{state} holds the identity of {other.name}, and the token is for {token.name}: give another --state"
+            )
+    fresh = state / identity.NEW
     _make_keys(fresh)
     ca = await asyncio.to_thread(_authority, HostPort(server.host, token.port), token.authority)
     address = str(HostPort(server.host, token.port))
@@ -65,22 +68,17 @@ def _settled(state: Path, name: str, server: HostPort, ca: bytes, answer: pb.Enr
     """Keep what the coordinator answered. Raises TrustError: it cannot be used, and takes no place."""
     if answer.name != name:
         raise TrustError(f"the coordinator enrolled {answer.name[:80]!r}, and the token is for {name}: look at both releases")
-    fresh = state / _NEW
+    fresh = state / identity.NEW
     about = {"name": answer.name, "role": answer.role, "server": str(server)}
-    write_durably(fresh / identity.AUTHORITY, ca)
-    write_durably(fresh / identity.CERTIFICATE, _pem(answer.certificate))
-    write_durably(fresh / identity.ABOUT, json.dumps(about).encode())
-    read_identity(fresh)
-    _move(state)
+    try:
+        write_durably(fresh / identity.AUTHORITY, ca)
+        write_durably(fresh / identity.CERTIFICATE, _pem(answer.certificate))
+        write_durably(fresh / identity.ABOUT, json.dumps(about).encode())
+        read_identity(fresh)
+        identity.settle(state)
+    except OSError as error:
+        raise TrustError(f"{fresh} cannot be written ({error.strerror}): make room, and enrol again with the same token") from error
     return read_identity(state / identity.FOLDER)
-
-
-def held(state: Path) -> Identity | None:
-    """The identity in a state folder, if there is one. Raises TrustError: it cannot be used."""
-    place, fresh = state / identity.FOLDER, state / _NEW
-    if not place.exists() and (fresh / identity.ABOUT).exists():
-        _move(state)  # an earlier process ended just before it did
-    return read_identity(place) if place.exists() else None
 
 
 async def renew(known: Identity) -> Identity:
@@ -176,6 +174,10 @@ def _authority(address: HostPort, fingerprint: bytes) -> bytes:
             context.wrap_socket(plain, server_hostname=address.host) as link,
         ):
             shown = _chain(link)
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError) as error:
+        raise Unreachable(
+            f"{address} has closed the connection: too many may want to enrol at once, or it is no coordinator"
+        ) from error
     except ssl.SSLError as error:
         raise TrustError(f"what answers at {address} does not speak TLS ({error.reason}): is it a Choral coordinator?") from error
     except OSError as error:
@@ -195,14 +197,3 @@ def _chain(link: ssl.SSLSocket) -> list[bytes]:
         return list(link.get_unverified_chain())
     shown = link._sslobj.get_unverified_chain() or []  # type: ignore[attr-defined]
     return [ssl.PEM_cert_to_DER_cert(certificate.public_bytes()) for certificate in shown]
-
-
-def _move(state: Path) -> None:
-    """Put the new identity in the place of the old."""
-    fresh, place, old = state / _NEW, state / identity.FOLDER, state / _OLD
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    fresh.rename(place)
-    sync_folder(state)
-    shutil.rmtree(old, ignore_errors=True)

@@ -12,12 +12,12 @@ from itertools import count
 import structlog
 from choral.address import HostPort
 from choral.errors import ChoralError, ConfigError, LimitExceeded, TrustError, Unreachable
-from choral.identity import Credentials, Identity, read_credentials
+from choral.identity import Credentials, Identity, held, read_credentials
 from choral.token import Token
 
 from choral_client.backoff import full_jitter
 from choral_client.config import ClientConfig
-from choral_client.enrolment import enrol, held, renew
+from choral_client.enrolment import enrol, renew
 from choral_client.transport import GrpcTransport
 
 log = structlog.get_logger()
@@ -71,7 +71,7 @@ async def keep(known: Identity, transport: GrpcTransport, rng: random.Random) ->
             await asyncio.sleep(max(_SELDOM_S, left_s - early_s * rng.uniform(0.8, 1)))
         try:
             known = await renew(known)
-        except ChoralError as error:
+        except (ChoralError, OSError) as error:
             failures += 1
             log.warning("certificate not renewed", expires_at=credentials.expires_at.isoformat(), reason=str(error))
         else:

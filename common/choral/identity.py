@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,10 +14,12 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from choral.address import HostPort
+from choral.durable import sync_folder
 from choral.errors import TrustError
 from choral.names import ALLOWED, is_name
 
 FOLDER = "identity"
+NEW, _OLD = f"{FOLDER}.new", f"{FOLDER}.old"
 BACKDATED = timedelta(minutes=5)  # certificates begin so much before they are made: clocks differ
 UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
 """what the readers of certificates, requests and keys raise, and of each what they read in it later, of bytes that are none"""
@@ -34,6 +38,11 @@ class Credentials:
     def expires_at(self) -> datetime:
         """When the certificate expires."""
         return x509.load_pem_x509_certificate(self.certificate).not_valid_after_utc
+
+    @property
+    def left(self) -> float:
+        """Which share of its life the certificate has left."""
+        return (self.expires_at - datetime.now(UTC)).total_seconds() / self.lifetime_s
 
     @property
     def lifetime_s(self) -> float:
@@ -68,6 +77,29 @@ def read_identity(folder: Path) -> Identity:
         ) from error
     credentials = read_credentials(folder / AUTHORITY, folder / CERTIFICATE, folder / KEY)
     return Identity(folder, name, role, server, credentials)
+
+
+def held(state: Path) -> Identity | None:
+    """The identity in a state folder, if there is one; a newer one that an earlier process had got takes its place first.
+
+    Raises TrustError: it cannot be used.
+    """
+    if (state / NEW / ABOUT).exists():
+        with suppress(TrustError, OSError):
+            read_identity(state / NEW)
+            settle(state)
+    return read_identity(state / FOLDER) if (state / FOLDER).exists() else None
+
+
+def settle(state: Path) -> None:
+    """Put the new identity in a state folder in the place of the old. Raises OSError."""
+    fresh, place, old = state / NEW, state / FOLDER, state / _OLD
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    fresh.rename(place)
+    sync_folder(state)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_credentials(ca: Path, certificate: Path, key: Path) -> Credentials:

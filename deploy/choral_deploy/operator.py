@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
 import grpc
-from choral.errors import Unreachable
-from choral.identity import FOLDER, Credentials, read_identity
+from choral.errors import ChoralError, Unreachable
+from choral.identity import Credentials, Identity, held, read_identity
 from choral.status import from_rpc
 from choral.v1 import admin_pb2, admin_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+_LEFT = 1 / 3
 _OPTIONS = [("grpc.max_receive_message_length", -1)]  # a hundred rounds of a thousand clients are some megabytes
 
 
 class Operator:
     """Calls the Admin service at `address`, a socket in the file system if it has no `credentials`."""
 
-    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
+    def __init__(self, address: str, credentials: Credentials | None = None, identity: Identity | None = None) -> None:
         self._address = address
         self._credentials = credentials
+        self._identity = identity
 
     @classmethod
     def at(cls, where: Path) -> Self:
@@ -32,14 +35,25 @@ class Operator:
             from choral_server.config import load
 
             return cls(str(load(where).admin_socket))
-        known = read_identity(where / FOLDER if (where / FOLDER).is_dir() else where)
-        return cls(str(known.server), known.credentials)
+        known = held(where) or read_identity(where)
+        return cls(str(known.server), known.credentials, known)
 
     @asynccontextmanager
     async def stub(self) -> AsyncIterator[admin_pb2_grpc.AdminAsyncStub]:
         """The service; what fails inside is raised as a ChoralError. Raises Unreachable: no coordinator is there."""
+        await self._renew()
         async with self._channel() as channel:
             yield admin_pb2_grpc.AdminStub(channel)  # type: ignore[misc]
+
+    async def _renew(self) -> None:
+        """A person's certificate is renewed when it is used, once a third of its life is left."""
+        known = self._identity
+        if known is None or known.credentials.left > _LEFT or find_spec("choral_client") is None:
+            return
+        from choral_client.enrolment import renew
+
+        with suppress(ChoralError, OSError):  # the present one is still good; if not, the call says so
+            self._credentials = (await renew(known)).credentials
 
     async def token(self, name: str, role: str = "device") -> str:
         """A token with which somebody enrols."""

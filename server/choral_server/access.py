@@ -7,18 +7,19 @@ import inspect
 import math
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 import grpc
 import structlog
-from choral.errors import ChoralError, LimitExceeded, NotAllowed, Revoked, Unauthenticated
+from choral.errors import ChoralError, InvalidMessage, LimitExceeded, NotAllowed, Unauthenticated
 from choral.status import abort
 
-from choral_server.caller import CALLER, Caller, Role
+from choral_server.caller import CALLER, NOBODY, Caller, Role
 
 log = structlog.get_logger()
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -77,6 +78,10 @@ class Call:
         self.task.cancel()
 
 
+CALL: ContextVar[Call] = ContextVar("call")
+"""the call that is being answered"""
+
+
 @dataclass(slots=True)
 class Account:
     """What one caller has open, and how much more it may begin: a bucket that fills up to ten seconds' worth."""
@@ -88,7 +93,8 @@ class Account:
 
 
 class Gate(grpc.aio.ServerInterceptor):
-    """Lets through who may. `identify` says who calls, `calls` how many one may have open and `calls_per_s` begin.
+    """Lets through who may. `identify` says who calls, `calls` how many one may have open and `calls_per_s` begin; a call's one
+    request has to come within `first_message_s`.
 
     `refused(caller, error)` hears of those who are not let through, of each kind of caller at most once a second.
     """
@@ -96,11 +102,13 @@ class Gate(grpc.aio.ServerInterceptor):
     def __init__(
         self,
         identify: Identify,
+        first_message_s: float,
         calls: float = math.inf,
         calls_per_s: float = math.inf,
         refused: Callable[[Caller, ChoralError], None] = lambda caller, error: None,
     ) -> None:
         self._identify = identify
+        self._first_message_s = first_message_s
         self._calls = calls
         self._calls_per_s = calls_per_s
         self._refused = refused
@@ -126,46 +134,51 @@ class Gate(grpc.aio.ServerInterceptor):
         return self._handlers[method]
 
     def _guarded(self, method: str, handler: Any) -> Callable[..., Any]:
+        """The handler, as one that reads its requests itself: for a single one gRPC would wait for ever, and we not hear of it."""
         behaviour = _behaviour(handler)
 
-        async def unary(request: Any, context: Context) -> Any:
-            with_caller = await self._admitted(method, context)
-            with self._answering(with_caller) as call:
-                try:
-                    return await behaviour(request, context)
-                except asyncio.CancelledError:
-                    await _ended(call, context)
+        async def unary(requests: Any, context: Context) -> Any:
+            async with self._answering(method, context):
+                return await behaviour(await self._asked(handler, requests), context)
 
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            with_caller = await self._admitted(method, context)
-            with self._answering(with_caller) as call:
-                try:
-                    answers = behaviour(request, context)
-                    if inspect.isawaitable(answers):
-                        await answers
-                        return
-                    async with aclosing(answers):
-                        async for answer in answers:
-                            yield answer
-                except asyncio.CancelledError:
-                    await _ended(call, context)
+        async def stream(requests: Any, context: Context) -> None:
+            async with self._answering(method, context):
+                answers = behaviour(await self._asked(handler, requests), context)
+                if inspect.isawaitable(answers):
+                    await answers
+                    return
+                async with aclosing(answers):
+                    async for answer in answers:
+                        await context.write(answer)  # in our hands, and so to be ended while nobody reads it
 
         return stream if handler.response_streaming else unary
 
-    async def _admitted(self, method: str, context: Context) -> Caller:
-        """Who calls, if it may."""
-        caller = Caller()
+    async def _asked(self, handler: Any, requests: Any) -> Any:
+        """What the handler is given. Raises LimitExceeded or InvalidMessage: the one request does not come."""
+        if handler.request_streaming:
+            return requests
         try:
-            needed = NEEDS.get(method)
-            if needed is None:
-                raise NotAllowed(f"{method} is not offered to anybody")
-            if needed is not ANYONE:
-                caller = self._identify(context)
-            if needed is not ANYONE and caller.role not in needed:
-                raise _not_for(caller, method, needed)
-            self._take(caller)
-        except ChoralError as error:
-            await self._turn_away(caller, error, context)
+            async with asyncio.timeout(self._first_message_s):
+                request = await anext(requests, None)
+        except TimeoutError:
+            raise LimitExceeded(f"no request came within {self._first_message_s:g} s (limits.first_message_s)") from None
+        if request is None:
+            raise InvalidMessage("the call ended without a request")
+        return request
+
+    def _admitted(self, method: str, context: Context) -> Caller:
+        """Who calls, if it may. Who may not is counted as well. Raises Unauthenticated, Revoked, NotAllowed or LimitExceeded."""
+        needed = NEEDS.get(method)
+        try:
+            caller = NOBODY if needed is ANYONE else self._identify(context)
+        except ChoralError:
+            self._take(NOBODY)
+            raise
+        self._take(caller)
+        if needed is None:
+            raise NotAllowed(f"{method} is not offered to anybody")
+        if needed is not ANYONE and caller.role not in needed:
+            raise _not_for(caller, method, needed)
         return caller
 
     def _take(self, caller: Caller) -> None:
@@ -181,7 +194,11 @@ class Gate(grpc.aio.ServerInterceptor):
             raise LimitExceeded(f"{caller.name or 'this side'} calls more than {self._calls_per_s:g} times a second: wait a little")
         account.left -= 1
 
-    async def _turn_away(self, caller: Caller, error: ChoralError, context: Context) -> NoReturn:
+    async def _turn_away(self, error: ChoralError, method: str, context: Context) -> NoReturn:
+        try:
+            caller = NOBODY if NEEDS.get(method) is ANYONE else self._identify(context)
+        except ChoralError:
+            caller = NOBODY
         account, now = self._accounts[caller.name], time.monotonic()
         if now - account.told_at > 1:  # neither the log nor the disk is for strangers to fill
             account.told_at = now
@@ -189,17 +206,27 @@ class Gate(grpc.aio.ServerInterceptor):
             self._refused(caller, error)
         await abort(context, error)
 
-    @contextmanager
-    def _answering(self, caller: Caller) -> Iterator[Call]:
-        task = asyncio.current_task()
-        if task is None:
-            raise AssertionError("calls are answered in tasks")
-        call, account = Call(task), self._accounts[caller.name]
-        account.open.add(call)
-        expiry = self._expiry(caller, call)
+    @asynccontextmanager
+    async def _answering(self, method: str, context: Context) -> AsyncIterator[Call]:
+        """Around the answer of a call by who may call, until that is given or the call is to end."""
+        try:
+            caller = self._admitted(method, context)
+        except ChoralError as error:
+            await self._turn_away(error, method, context)
+        call = Call(this_task())
         CALLER.set(caller)  # each call is answered in a task of its own
+        CALL.set(call)
+        account, expiry = self._accounts[caller.name], self._expiry(caller, call)
+        account.open.add(call)
         try:
             yield call
+        except asyncio.CancelledError:
+            if call.error is None:
+                raise
+            call.task.uncancel()
+            await abort(context, call.error)
+        except (LimitExceeded, InvalidMessage) as error:  # before the handler, which ends its calls itself
+            await abort(context, error)
         finally:
             if expiry is not None:
                 expiry.cancel()
@@ -230,17 +257,12 @@ def always(caller: Caller) -> Identify:
     return lambda context: caller
 
 
-def expelled(gate: Gate) -> Callable[[str, str], None]:
-    """Ends the calls of who does not belong any more."""
-    return lambda name, reason: gate.end_calls(name, Revoked(reason))
-
-
-async def _ended(call: Call, context: Context) -> NoReturn:
-    """End a cancelled call as whoever cancelled it wants."""
-    if call.error is None:
-        raise asyncio.CancelledError
-    call.task.uncancel()
-    await abort(context, call.error)
+def this_task() -> asyncio.Task[Any]:
+    """The task in which a call is answered."""
+    task = asyncio.current_task()
+    if task is None:
+        raise AssertionError("calls are answered in tasks")
+    return task
 
 
 def _not_for(caller: Caller, method: str, needed: frozenset[Role]) -> ChoralError:
@@ -257,6 +279,5 @@ def _behaviour(handler: Any) -> Callable[..., Any]:
 
 
 def _with(handler: Any, behaviour: Callable[..., Any]) -> grpc.RpcMethodHandler[Any, Any]:
-    kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
-    make = getattr(grpc, f"{kind}_rpc_method_handler")
-    return make(behaviour, handler.request_deserializer, handler.response_serializer)  # type: ignore[no-any-return]
+    make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    return make(behaviour, handler.request_deserializer, handler.response_serializer)

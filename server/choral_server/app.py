@@ -103,7 +103,7 @@ def _membership(config: ServerConfig, store: Store) -> Membership:
     """Who belongs. Raises TrustError: a file of the authority cannot be used."""
     tls, enrolment = config.tls, config.enrolment or Enrolment()
     if tls is None:
-        return Membership(store, None, enrolment.certificate_s, now)
+        return Membership(store, None, enrolment.certificate_s, now, certified=False)
     authority = Authority.load(tls.ca, tls.ca_key) if tls.ca_key is not None else None
     if authority is not None and authority.renew_server(tls.certificate, tls.key, now()):
         log.info("the server's certificate was about to expire and has been renewed", file=str(tls.certificate))

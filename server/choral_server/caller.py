@@ -41,5 +41,6 @@ CALLER: ContextVar[Caller] = ContextVar("caller", default=NOBODY)
 
 
 def acting() -> str:
-    """The name of who calls, if somebody does."""
-    return CALLER.get().name
+    """The name of the operator who calls, if one does."""
+    caller = CALLER.get()
+    return caller.name if caller.role is Role.OPERATOR else ""

@@ -94,8 +94,10 @@ class Limits(Settings):
     """calls that one client may have open at once"""
     calls_per_s: Annotated[float, Field(gt=0, le=100_000)] = 500.0
     """calls that one client may begin in a second, on the average; ten seconds' worth may come at once"""
+    idle_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    """seconds for which a connection may be open without a call on it"""
     first_message_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
-    """seconds in which an opened stream must have said its first word"""
+    """seconds in which a call must have said its first word"""
     unread: Annotated[int, Field(ge=8, le=100_000)] = 256
     """messages that may wait for a client that does not read what it is told"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,9 +46,11 @@ class Doors:
         self._open: list[grpc.aio.Server] = []
         limits = config.limits
         if config.tls is None:
-            self._gate = Gate(always(Caller(role=Role.DEVICE)))
+            self._gate = Gate(always(Caller(role=Role.DEVICE)), limits.first_message_s)
         else:
-            self._gate = Gate(of_certificate(membership.identify), limits.calls, limits.calls_per_s, membership.refused)
+            self._gate = Gate(
+                of_certificate(membership.identify), limits.first_message_s, limits.calls, limits.calls_per_s, membership.refused
+            )
 
     async def open(self) -> HostPort:
         """Listen everywhere; the address for members. Raises AddressError or TrustError."""
@@ -84,14 +87,14 @@ class Doors:
     async def _open_enrolment(self, tls: Tls, address: HostPort) -> HostPort:
         """For those who have a token: gRPC asks for certificates by port, and they have none yet."""
         limits = self._config.limits
-        gate = Gate(always(Caller()), limits.enrolment_connections, limits.enrolments_per_s)
+        gate = Gate(always(Caller()), limits.first_message_s, limits.enrolment_connections, limits.enrolments_per_s)
         server = self._server([gate], _enrolment_options(limits))
         enrolment_pb2_grpc.add_EnrolmentServicer_to_server(self._enrolment, server)
         return await self._listen(server, "enrolment.listen", address, _credentials(tls, certified=False))
 
     async def _open_socket(self, socket: Path) -> None:
         """For operators on this machine: whoever can open the socket is one."""
-        server = self._server([Gate(always(Caller(getpass.getuser(), Role.OPERATOR)))], [])
+        server = self._server([Gate(always(Caller(_user(), Role.OPERATOR)), self._config.limits.first_message_s)], [])
         admin_pb2_grpc.add_AdminServicer_to_server(self._admin, server)
         await _describe(server, ADMIN)
         socket.parent.chmod(0o700)
@@ -126,11 +129,21 @@ class Doors:
         return HostPort(address.host, port)
 
 
+def _user() -> str:
+    """Who uses this machine; no member can have such a name."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a number without a name, as in some containers
+        name = str(os.getuid())
+    return f"{name}@{os.uname().nodename}"
+
+
 def _member_options(limits: Limits) -> Options:
     return [
         *_common_options(limits),
         ("grpc.max_allowed_incoming_connections", limits.connections),
         ("grpc.max_receive_message_length", limits.message_bytes),
+        ("grpc.max_connection_idle_ms", round(1000 * limits.idle_s)),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.bdp_probe", 0),  # with the next, bounds what is under way when a link breaks, and so has to be sent again

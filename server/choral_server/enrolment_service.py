@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -19,6 +21,7 @@ from choral_server.membership import Membership
 
 log = structlog.get_logger()
 Context = grpc.aio.ServicerContext[Any, Any]
+T = TypeVar("T")
 
 
 class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
@@ -32,7 +35,7 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
         """Turn a token into a certificate."""
         try:
             asked = request.secret, request.signing_request, request.signing_key, request.signature
-            certificate, member = await self._membership.enrol(*asked)
+            certificate, member = await _whole(self._membership.enrol(*asked))
         except ChoralError as error:
             if (now := time.monotonic()) - self._told_at > 1:  # the log is not for strangers to fill
                 self._told_at = now
@@ -43,8 +46,15 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
         """The caller's next certificate."""
         try:
-            certificate = await self._membership.renew(CALLER.get(), request.signing_request)
+            certificate = await _whole(self._membership.renew(CALLER.get(), request.signing_request))
         except ChoralError as error:
             log.warning("renewal refused", client=CALLER.get().name, reason=str(error))
             await abort(context, error)
         return pb.RenewResponse(certificate=certificate.public_bytes(Encoding.DER))
+
+
+async def _whole(doing: Coroutine[Any, Any, T]) -> T:
+    """The result of what is done to its end, also if who asked has gone."""
+    task = asyncio.ensure_future(doing)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear of a failure
+    return await asyncio.shield(task)

@@ -59,12 +59,14 @@ class Membership:
         certificate_s: float,
         clock: Callable[[], datetime],
         roles: Roles | None = None,
+        certified: bool = True,
     ) -> None:
         self._store = store
         self._authority = authority
         self._certificate_s = certificate_s
         self._clock = clock
         self._roles = roles or Roles()
+        self._certified = certified
         self._turn = asyncio.Lock()
         self._certificates: dict[bytes, Caller] = {}
         self._refusals: set[tuple[str, type[ChoralError]]] = set()
@@ -78,7 +80,9 @@ class Membership:
     async def issue(self, name: str, role: Role, expires_s: float, replacing: bool) -> tuple[Token, datetime]:
         """A token, and until when it can be used. Raises ConfigError or WrongState."""
         if self._authority is None:
-            raise WrongState("this coordinator enrols nobody: tls.ca_key is not given, certificates come from your own authority")
+            raise WrongState(
+                "this coordinator enrols nobody: tls.ca_key is not given, and certificates come from elsewhere, if any"
+            )
         if not is_name(name):
             raise ConfigError(f"name {name[:80]!r} is not allowed: use {ALLOWED}")
         seconds = expires_s or _TOKEN_S
@@ -109,27 +113,35 @@ class Membership:
             public_key = _proven(request, signing_key, signature)
             key = key_digest(public_key)
             known = self._store.members.get(token.name)
-            if token.used_by not in (b"", key):
+            again = known is not None and known.key == key == token.used_by and known.revoked_at is None
+            if token.used_by and not again:
                 raise TokenRefused(
-                    f"the token of {token.name} has been used, by another device: ask for a new one, and who that was"
+                    f"the token of {token.name} has been used, by this device or another: ask for a new one, and who that was"
                 )
-            if not token.used_by and known is not None and known.revoked_at is None and not token.replace:
+            if not again and known is not None and known.revoked_at is None and not token.replace:
                 raise TokenRefused(f"{token.name} has enrolled meanwhile with another token: ask for one that replaces it")
             certificate = self._authority.certify(public_key, token.name, token.role.value, self._certificate_s, now)
             member = MemberRecord(token.name, token.role, key, signing_key, now, certificate.not_valid_after_utc)
             told = f"as {token.role.value}, with the key {key.hex()[:16]}"
-            await self._store.commit(replace(token, used_by=key), member, EventRecord(now, "enrolled", told, client=member.name))
+            others = [] if again else self._void_of(token.name, token)
+            event = EventRecord(now, "enrolled", told, client=member.name)
+            await self._store.commit(replace(token, used_by=key), *others, member, event)
         log.info("enrolled", client=member.name, role=member.role.value)
         if known is not None and known.key != key:
             self.replaced(member.name, f"{member.name} has enrolled anew, with other keys")
         return certificate, member
+
+    def _void_of(self, name: str, but: TokenRecord | None = None) -> list[TokenRecord]:
+        """The tokens made out to a name, void from now on: used ones too, with which their devices could ask again."""
+        made_out = [token for token in self._store.tokens.values() if token.name == name and token is not but]
+        return [replace(token, void=True) for token in made_out if not token.void]
 
     def _usable(self, secret: bytes) -> TokenRecord:
         token = self._store.tokens.get(digest_of(secret))
         if token is None:
             raise TokenRefused("the token is unknown here: ask the coordinator's operator for a new one")
         if token.void:
-            raise TokenRefused(f"the token of {token.name} is void: it was revoked")
+            raise TokenRefused(f"the token of {token.name} is void: {token.name} was revoked, or has enrolled with another")
         if self._clock() >= token.expires_at:
             raise TokenRefused(f"the token of {token.name} expired on {token.expires_at:%Y-%m-%d %H:%M} UTC: ask for a new one")
         return token
@@ -154,9 +166,12 @@ class Membership:
 
     async def revoke(self, name: str, reason: str) -> MemberRecord:
         """Let somebody in no more, and void the tokens made out to it. Raises ConfigError or WrongState."""
+        if not self._certified:
+            raise WrongState("in plain text nobody is known, and so nobody can be revoked: `choral clients quarantine`, or use tls")
         async with self._turn:
             known, now = self._store.members.get(name), self._clock()
-            unused = [token for token in self._store.tokens.values() if token.name == name and not (token.used_by or token.void)]
+            void = self._void_of(name)
+            unused = [token for token in void if not token.used_by]
             if known is None and self._authority is None and is_name(name):
                 known = MemberRecord(name, self._roles.of(name))  # we know others' members only by what is said of them
             if known is None and unused:
@@ -167,7 +182,6 @@ class Membership:
             if known.revoked_at is not None and not unused:
                 raise WrongState(f"{name} was revoked on {known.revoked_at:%Y-%m-%d %H:%M} UTC already: {known.reason}")
             member = replace(known, revoked_at=now, reason=reason)
-            void = [replace(token, void=True) for token in unused]
             await self._store.commit(member, *void, EventRecord(now, "revoked", reason, client=name))
         log.warning("revoked", client=name, reason=reason)
         self.expelled(name, self._told(member))

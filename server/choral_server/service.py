@@ -27,6 +27,7 @@ from choral.status import abort
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
 
+from choral_server.access import CALL
 from choral_server.caller import CALLER
 from choral_server.collection import Collection
 from choral_server.config import Limits
@@ -58,7 +59,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         """Admit the client, then pass on what is said until either side ends the stream."""
         try:
             session = await self._admit(requests, context.peer())
-            session.stop = _this_task().cancel
+            call = CALL.get()
+            session.stop = lambda: call.end(LimitExceeded(f"{session.client}: {session.fault}"))
         except ChoralError as error:
             log.warning("client refused", address=context.peer(), reason=str(error))
             await abort(context, error)
@@ -74,7 +76,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         finally:
             reading.cancel()
             if self._sessions.leave(session):
-                self._attendance.left(session, session.fault or _why(reading))
+                self._attendance.left(session, session.fault or (str(call.error) if call.error is not None else _why(reading)))
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> None:  # type: ignore[override]
         """Send a checkpoint file's bytes as they lie."""
@@ -236,13 +238,6 @@ async def _next(requests: AsyncIterator[pb.UploadRequest], stall_s: float) -> pb
             return await anext(requests, None)
     except TimeoutError:
         raise Unreachable(f"nothing of the upload arrived for {stall_s:g} s: send the rest") from None
-
-
-def _this_task() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
-    if task is None:
-        raise AssertionError("calls are answered in tasks")
-    return task
 
 
 def _failure(task: asyncio.Task[None]) -> BaseException | None:

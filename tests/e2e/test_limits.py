@@ -15,7 +15,7 @@ from choral.errors import LimitExceeded, Unreachable
 from choral.messages import VersionRef
 from choral.status import from_rpc, reason_of
 from choral.token import Token
-from choral.v1 import enrolment_pb2, enrolment_pb2_grpc, federation_pb2, federation_pb2_grpc
+from choral.v1 import admin_pb2, enrolment_pb2, enrolment_pb2_grpc, federation_pb2, federation_pb2_grpc
 from choral_client.enrolment import tls
 from e2e.federation import PATIENCE_S, SMALL_TASK, Federation, until
 from e2e.scripted import Scripted, delta, hello, pieces
@@ -28,6 +28,7 @@ LIMITS = {
     "enrolment_connections": 4,
     "enrolments_per_s": 2,
     "handshake_s": 1,
+    "idle_s": 1,
     "calls": 6,
     "calls_per_s": 20,
     "first_message_s": 0.5,
@@ -147,6 +148,46 @@ def test_an_idle_connection_of_a_stranger_is_closed(federation: Federation) -> N
         assert _ended(idle)
 
 
+def test_a_connection_with_no_call_on_it_is_closed_also_a_members(federation: Federation) -> None:
+    federation.identity("ex")
+    with federation.admin() as admin:
+        admin.RevokeMember(admin_pb2.RevokeMemberRequest(name="ex"))
+    folder = federation.folder / "members" / "ex" / "identity"
+    context = ssl.create_default_context(cafile=str(federation.ca))
+    context.load_cert_chain(folder / "tls.pem", folder / "tls.key")
+    context.set_alpn_protocols(["h2"])
+    where = HostPort.parse(federation.address)
+    with (
+        socket.create_connection((where.host, where.port), timeout=PATIENCE_S) as plain,
+        context.wrap_socket(plain, server_hostname=where.host) as idle,
+    ):
+        assert _ended(idle)
+
+
+def test_refused_calls_are_counted_too(federation: Federation) -> None:
+    federation.identity("ex-too")
+    with federation.admin() as admin:
+        admin.RevokeMember(admin_pb2.RevokeMemberRequest(name="ex-too"))
+    with federation.secure_channel("ex-too") as channel:
+        told = set()
+        for _ in range(600):
+            with pytest.raises(grpc.RpcError) as refused:
+                stub(channel).ResumeUpload(federation_pb2.ResumeUploadRequest(), timeout=PATIENCE_S)
+            told.add(reason_of(refused.value))
+            if told == {"Revoked", "LimitExceeded"}:
+                break
+    assert told == {"Revoked", "LimitExceeded"}
+
+
+def test_a_call_whose_one_request_never_comes(federation: Federation) -> None:
+    never = threading.Event()
+    with federation.secure_channel("mallory") as channel:
+        call = channel.stream_unary("/choral.v1.Federation/ResumeUpload").future(iter(_silence(never), None), timeout=PATIENCE_S)
+        error = call.exception()
+        never.set()
+    assert (reason_of(error), "no request came within 0.5 s (limits.first_message_s)" in error.details()) == ("LimitExceeded", True)
+
+
 def _ended(link: socket.socket) -> bool:
     """Wait until the other side has closed it."""
     try:
@@ -250,6 +291,9 @@ def test_a_client_that_does_not_read_what_it_is_told(quick: Federation) -> None:
         quick.client("alice")
         left = quick.processes[0].saw("client left", client="deaf")
         assert left["reason"] == "it has left 8 messages unread (limits.unread)"
+        with pytest.raises(grpc.RpcError) as ended:  # told so once it reads, and not left to wait
+            list(call)
+        assert reason_of(ended.value) == "LimitExceeded"
         said.set()
     done = len(quick.processes[0].events("round done"))
     quick.processes[0].saw("round done", done + 3)

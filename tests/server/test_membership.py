@@ -113,7 +113,7 @@ async def test_a_token_is_kept_as_a_hash_only_and_used_up(home: Home, membership
     assert expires_at == NOON + timedelta(seconds=60)
     assert token.secret not in str(home.store.tokens).encode()
     await membership.enrol(*Device().asks(token))
-    with pytest.raises(TokenRefused, match="has been used, by another device"):
+    with pytest.raises(TokenRefused, match="has been used, by this device or another"):
         await membership.enrol(*Device().asks(token))
 
 
@@ -129,6 +129,31 @@ async def test_the_same_device_may_ask_again_after_a_lost_answer_also_after_a_re
     assert restarted.identify(pem(first)).key == restarted.identify(pem(second)).key
 
 
+async def test_a_used_token_does_not_bring_anybody_back(membership: Membership) -> None:
+    token, _ = await membership.issue("alice", Role.OPERATOR, 0, replacing=False)
+    device = Device()
+    await membership.enrol(*device.asks(token))
+    await membership.revoke("alice", "stolen")
+    with pytest.raises(TokenRefused, match="the token of alice is void"):
+        await membership.enrol(*device.asks(token))
+
+
+async def test_nor_does_it_take_the_place_of_who_has_enrolled_since(membership: Membership) -> None:
+    token, _ = await membership.issue("alice", Role.DEVICE, 0, replacing=False)
+    old = Device()
+    await membership.enrol(*old.asks(token))
+    _, new = await enrolled(membership)
+    with pytest.raises(TokenRefused, match="void: alice was revoked, or has enrolled with another"):
+        await membership.enrol(*old.asks(token))
+    assert membership.identify(new).name == "alice"
+
+
+async def test_in_plain_text_nobody_is_revoked(home: Home, clock: Clock) -> None:
+    plain = Membership(home.store, None, 3600.0, clock, certified=False)
+    with pytest.raises(WrongState, match="in plain text nobody is known"):
+        await plain.revoke("alice", "gone")
+
+
 async def test_tokens_that_are_not_valid(membership: Membership, clock: Clock) -> None:
     with pytest.raises(TokenRefused, match="unknown here"):
         await membership.enrol(*Device().asks(Token("alice", 1, bytes(32))))
@@ -141,7 +166,7 @@ async def test_tokens_that_are_not_valid(membership: Membership, clock: Clock) -
 async def test_two_tokens_for_one_name_make_one_member(membership: Membership) -> None:
     tokens = [(await membership.issue("alice", Role.DEVICE, 0, replacing=False))[0] for _ in range(2)]
     await membership.enrol(*Device().asks(tokens[0]))
-    with pytest.raises(TokenRefused, match="alice has enrolled meanwhile with another token"):
+    with pytest.raises(TokenRefused, match="the token of alice is void"):
         await membership.enrol(*Device().asks(tokens[1]))
     with pytest.raises(WrongState, match="alice is enrolled already, as device: give --replace"):
         await membership.issue("alice", Role.DEVICE, 0, replacing=False)
