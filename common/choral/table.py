@@ -140,7 +140,8 @@ def _decoded_bytes(metadata: Any, columns: Sequence[Any]) -> int:
     """Memory that the values of a Parquet file take. What is packed is unpacked, and one value that is repeated written out."""
     import pyarrow as pa
 
-    row_bytes = sum(field.type.byte_width if pa.types.is_fixed_size_binary(field.type) else _CELL_BYTES for field in columns)
+    wide = [field.type.byte_width for field in columns if pa.types.is_fixed_size_binary(field.type)]
+    row_bytes = _CELL_BYTES * len(columns) + sum(wide)
     return sum(max(group.total_byte_size, row_bytes * group.num_rows) for group in _row_groups(metadata))
 
 

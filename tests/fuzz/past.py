@@ -419,7 +419,7 @@ TARGETS = [
             lambda: [_lines(history_entries())],
             (HistoryBroken,),
             examples=15,
-            hostile=lambda: history_hostile()[::6],
+            hostile=lambda: history_hostile()[::20],
         )
         for name, sign in (("history in a database", False), ("history that is signed anew", True))
     ),
