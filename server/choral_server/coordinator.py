@@ -378,7 +378,7 @@ class Coordinator:
         troubles = house.troubles.present
         if current is None and (shortage := self._shortage()) is not None:
             troubles = {DISK: shortage} | troubles
-        return Condition(self.run.record, current, house.store.clients, house.sessions.present(), self._needed(), troubles)
+        return Condition(self.run.record, current, house.store.belonging(), house.sessions.present(), self._needed(), troubles)
 
     def _stop_round(self, reason: str) -> None:
         if self.attendance.collection is not None:

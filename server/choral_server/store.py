@@ -373,6 +373,11 @@ class Store:
 
         return [self._live.get(_round_key(round), round) for round in await self._database.read(work)]
 
+    def belonging(self) -> dict[str, ClientRecord]:
+        """The clients without those that were revoked: nobody need wait for them."""
+        gone = {name for name, member in self.members.items() if member.revoked_at is not None}
+        return {name: client for name, client in self.clients.items() if name not in gone}
+
     # Watching
 
     async def watch(self) -> AsyncIterator[Told]:
