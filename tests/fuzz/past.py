@@ -8,7 +8,6 @@ import hashlib
 import io
 import ipaddress
 import json
-import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
@@ -218,7 +217,7 @@ def _lines(entries: list[Entry]) -> bytes:
 def history(folder: Path, sign: bool) -> Iterator[Decode]:
     """The rows in a database of a coordinator that has no key any more, and all that `choral audit` does with them."""
     settings = _settings(folder)
-    shutil.copy(_database(), folder / "choral.db")
+    (folder / "choral.db").write_bytes(_database())
     path, checkpoint = folder / "choral.yaml", folder / "checkpoint"
     path.write_text(yaml.safe_dump(CONFIG | {"state": str(folder), "database": settings.database_url}))
     checkpoint.write_bytes(CHECKPOINT)
@@ -265,11 +264,10 @@ CHECKPOINT = b"the second version"
 
 
 @cache
-def _database() -> Path:
+def _database() -> bytes:
     """One with a run, two versions and a round."""
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-history-"))
 
-    async def fill() -> None:
+    async def fill(folder: Path) -> None:
         database = await Database.open(_settings(folder).database_url, Troubles())
         store = await Store.open(database, await Lease.take(database, "here", 60.0), SIGNS, lambda: NOON)
         part = Part("run/0/alice/0", "alice", PartState.ACCEPTED, examples=10, digest=bytes(32))
@@ -281,16 +279,20 @@ def _database() -> Path:
         await store.commit(replace(run, latest=1, next_round=1), ended, child, EventRecord(NOON, "something", "happened", "run"))
         await database.close()
 
-    asyncio.run(fill())
-    return folder / "choral.db"
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        asyncio.run(fill(Path(folder)))
+        return (Path(folder) / "choral.db").read_bytes()
 
 
 @cache
 def history_entries() -> list[Entry]:
-    with contextlib.closing(sqlite3.connect(_database())) as database:
-        rows = database.execute(
-            "SELECT sequence, at, what, facts, before, digest, signature FROM history ORDER BY sequence"
-        ).fetchall()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        path = Path(folder) / "choral.db"
+        path.write_bytes(_database())
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            rows = database.execute(
+                "SELECT sequence, at, what, facts, before, digest, signature FROM history ORDER BY sequence"
+            ).fetchall()
     return [Entry(row[0], datetime.fromisoformat(row[1]).replace(tzinfo=NOON.tzinfo), *row[2:]) for row in rows]
 
 
