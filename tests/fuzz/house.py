@@ -18,6 +18,7 @@ from choral.standardize import Standardize
 from choral.table import Table
 from choral.task import Task
 from choral_client.transport import GrpcTransport
+from choral_server import access
 from choral_server.artifacts import FolderArtifacts
 from choral_server.caller import CALLER, Caller, Role
 from choral_server.checkpoints import Checkpoints
@@ -140,6 +141,9 @@ class Floor:
 
     async def attended(self, requests: Iterable[Any]) -> None:
         """Until the coordinator ends the stream. Raises Aborted."""
+        task = asyncio.current_task()
+        assert task is not None
+        access.CALL.set(access.Call(task))  # as the gate does
         with self.round(Kind.TRAINING):
             async for _ in self.service.Attend(_stream(requests), Call()):  # type: ignore[arg-type]
                 pass
