@@ -12,14 +12,13 @@ import grpc
 import pytest
 from choral.address import HostPort
 from choral.durable import write_durably
-from choral.errors import ChoralError, TokenRefused, TrustError
+from choral.errors import ChoralError, TrustError
 from choral.identity import read_identity
 from choral.status import reason_of
 from choral.token import Token
 from choral.v1 import admin_pb2
 from choral_client.enrolment import enrol
 from choral_server.trust import Authority, make_authority
-from cryptography.hazmat.primitives.serialization import Encoding
 from e2e.federation import Federation, run_apart, until
 from e2e.scripted import Scripted, hello
 from e2e.test_access import certificate
@@ -252,16 +251,3 @@ def test_certificates_of_an_authority_of_yours(quick: Federation, tmp_path: Path
     assert (refused.code(), "this coordinator enrols nobody" in refused.stderr) == (8, True)
     assert quick.command("runs", "stop", "-c", quick.config).code() == 0
     assert alice.code() == 0
-
-
-def test_the_servers_own_certificate_is_renewed_at_a_start(quick: Federation) -> None:
-    authority = Authority.load(quick.folder / "ca.pem", quick.folder / "ca.key")
-    before = (quick.folder / "server.pem").read_bytes()
-    quick.coordinator(exit_when_done=False)
-    quick.processes[0].end()
-    assert (quick.folder / "server.pem").read_bytes() == before  # far from expiring
-    assert authority.certificate.public_bytes(Encoding.PEM) == quick.ca.read_bytes()
-
-
-def test_who_refuses_a_token_says_why() -> None:
-    assert TokenRefused.grpc_code == "UNAUTHENTICATED"
