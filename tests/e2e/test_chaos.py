@@ -26,7 +26,7 @@ ONCE_FAILED: Sequence[int] = ()
 
 
 def seeds() -> list[int]:
-    first, _, last = os.environ.get("CHORAL_CHAOS_SEEDS", "0-19").partition("-")
+    first, _, last = os.environ.get("CHORAL_CHAOS_SEEDS", "0-11").partition("-")
     return sorted({*range(int(first), int(last or first) + 1), *ONCE_FAILED})
 
 
