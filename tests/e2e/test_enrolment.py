@@ -6,6 +6,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -19,6 +20,7 @@ from choral.token import Token
 from choral.v1 import admin_pb2
 from choral_client.enrolment import enrol
 from choral_server.trust import Authority, make_authority
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from e2e.federation import Federation, run_apart, until
 from e2e.scripted import Scripted, hello
 from e2e.test_access import certificate
@@ -251,3 +253,16 @@ def test_certificates_of_an_authority_of_yours(quick: Federation, tmp_path: Path
     assert (refused.code(), "this coordinator enrols nobody" in refused.stderr) == (8, True)
     assert quick.command("runs", "stop", "-c", quick.config).code() == 0
     assert alice.code() == 0
+
+
+def test_a_persons_certificate_is_renewed_when_it_is_used(idle: Federation) -> None:
+    folder = idle.identity("carol", "operator").folder
+    authority = Authority.load(idle.folder / "ca.pem", idle.folder / "ca.key")
+    key = load_pem_private_key((folder / "tls.key").read_bytes(), None)
+    earlier = datetime.now(UTC) - timedelta(minutes=50)
+    old = authority.certify(key.public_key(), "carol", "operator", 3600.0, earlier).public_bytes(Encoding.PEM)
+    write_durably(folder / "tls.pem", old)
+    expires_at = read_identity(folder).credentials.expires_at
+    listed = idle.command("runs", "list", "-c", folder.parent, "--json")
+    assert listed.code() == 0, listed.stderr
+    assert read_identity(folder).credentials.expires_at > expires_at + timedelta(days=30)
