@@ -24,7 +24,7 @@ At the deadline, parts whose transfer advances may end it; all others that are s
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -155,6 +155,12 @@ def resumed(round: Round) -> Round:
         if part.state in OPEN_PARTS
     }
     return replace(round, parts={**round.parts, **away})
+
+
+def without(round: Round, lost: Iterable[Part]) -> Round:
+    """The round after the results of these accepted parts were lost: it is open, and they are asked for again."""
+    away = {part.assignment: Part(part.assignment, part.client, PartState.ABSENT, "its result was lost") for part in lost}
+    return replace(round, state=RoundState.OPEN, parts={**round.parts, **away})
 
 
 def published(round: Round) -> Round:
