@@ -12,6 +12,7 @@ from choral.errors import CorruptTransfer, Unreachable
 
 _BATCH_BYTES = 1 << 21  # so much may wait while as much is being written
 _READ_BYTES = 1 << 20
+_WORTH_A_THREAD_BYTES = 1 << 16
 
 
 class Arrival:
@@ -81,8 +82,12 @@ class Arrival:
             raise Unreachable("another attempt to send this result took over")
 
     def _write_on(self) -> None:
-        batch, self._batch, self._batch_bytes = self._batch, [], 0
-        self._writing = asyncio.ensure_future(asyncio.to_thread(self._write, batch))
+        batch, size = self._batch, self._batch_bytes
+        self._batch, self._batch_bytes = [], 0
+        if size + max(0, self._begin - self._hashed) < _WORTH_A_THREAD_BYTES:
+            self._write(batch)
+        else:
+            self._writing = asyncio.ensure_future(asyncio.to_thread(self._write, batch))
 
     async def _written(self) -> None:
         """Wait for the batch that is being written."""

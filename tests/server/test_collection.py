@@ -28,7 +28,7 @@ from server.home import NOON, PLAIN, Home, config, home
 __all__ = ["home"]
 
 T = TypeVar("T", bound=FromCoordinator)
-LONG_S, SHORT_S = 600.0, 0.02
+LONG_S, SHORT_S = 600.0, 0.2
 CHANGE = np.array([1.0, 2.0, 3.0], "<f4")
 
 
@@ -314,7 +314,7 @@ async def test_at_the_deadline_a_round_closes_with_what_it_has(home: Home) -> No
     await sends(collection, "alice")
     closed = await collecting
     assert (closed.state, states(closed)) == (RoundState.CLOSED, {"alice": "accepted", "bob": "cancelled"})
-    assert "the deadline of 0.02 s passed" in (await here.hears("bob", Cancel)).reason
+    assert "the deadline of 0.2 s passed" in (await here.hears("bob", Cancel)).reason
 
 
 async def test_at_the_deadline_without_a_quorum_it_is_abandoned(home: Home) -> None:
@@ -333,7 +333,7 @@ async def test_a_transfer_that_advances_is_not_cut_off(home: Home) -> None:
     collecting = here.begin(collection := await here.asked("alice", "bob", "carol"))
     await sends(collection, "alice")
     here.transfers.begin("bob", 1).moved(1)
-    assert "the deadline of 0.02 s passed" in (await here.hears("carol", Cancel)).reason
+    assert "the deadline of 0.2 s passed" in (await here.hears("carol", Cancel)).reason
     assert not collecting.done()
     await sends(collection, "bob")
     assert states(await collecting) == {"alice": "accepted", "bob": "accepted", "carol": "cancelled"}
@@ -408,7 +408,7 @@ async def test_what_comes_after_the_round_is_late_and_leaves_nothing(home: Home)
     late = await upload(collection, "bob")
     receipt = await collection.submit(late)
     assert receipt.verdict is Verdict.LATE
-    assert receipt.reason.startswith("this part was cancelled: round 0 closed: the deadline of 0.02 s passed")
+    assert receipt.reason.startswith("this part was cancelled: round 0 closed: the deadline of 0.2 s passed")
     assert not late.path.exists()
 
 
