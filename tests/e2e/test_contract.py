@@ -56,7 +56,7 @@ def test_another_protocol_version_is_refused_with_both_versions(idle: Federation
         client.hear("welcome")
     code, reason, words = refusal(refused.value)
     assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "ProtocolMismatch")
-    spoken = f"the client speaks version {version} of the protocol, this coordinator version 1"
+    spoken = f"the client speaks version {version} of the protocol, this coordinator version 2"
     assert words == f"{spoken}: install the same release of Choral on both"
 
 
@@ -399,7 +399,7 @@ def test_a_broken_upload_goes_on_where_it_broke(pair: Pair) -> None:
     header = pair.alice.header(pair.name)
     ask = pb.ResumeUploadRequest(header=header)
     assert pair.alice.stub.ResumeUpload(ask, timeout=PATIENCE_S).offset == 0
-    first, second = pieces(delta(1, 2, 3), 8)
+    first, second = pieces(delta(1, 2, 3), size=8)
     with pytest.raises(grpc.RpcError):
         pair.alice.send([pb.UploadRequest(header=header), pb.UploadRequest(chunk=first)])
     assert pair.alice.stub.ResumeUpload(ask, timeout=PATIENCE_S).offset == 8

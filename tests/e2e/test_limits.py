@@ -237,7 +237,7 @@ def test_a_chunk_that_is_too_long(quick: Federation) -> None:
     quick.coordinator(limits={"chunk_bytes": 262_144}, run={"cohort_size": 1})
     with Scripted(quick, hello("alice")) as alice:
         assignment = alice.hear("assignment")
-        chunks = pieces(bytes(262_145), 262_145)
+        chunks = pieces(bytes(262_145), size=262_145)
         with pytest.raises(grpc.RpcError) as refused:
             alice.upload(alice.header(assignment.id), chunks)
         assert reason_of(refused.value) == "LimitExceeded"
@@ -252,7 +252,7 @@ def test_an_upload_that_trickles_longer_than_a_round_may_last(quick: Federation)
 
         def trickle() -> Iterator[federation_pb2.UploadRequest]:
             yield federation_pb2.UploadRequest(header=header)
-            for chunk in pieces(delta(1, 2, 3), 1):
+            for chunk in pieces(delta(1, 2, 3), size=1):
                 time.sleep(0.2)  # what is tried out: each time just before it would stand still
                 yield federation_pb2.UploadRequest(chunk=chunk)
 

@@ -221,7 +221,7 @@ def test_an_older_attempt_writes_nothing_any_more(quick: Federation) -> None:
     coordinator = quick.coordinator(run={"rounds": 1, "cohort_size": 1}, evaluation={"clients": False})
     with Scripted(quick, hello("alice")) as alice:
         header = alice.header(alice.hear("assignment").id)
-        first, second = pieces(delta(1, 2, 3), 8)
+        first, second = pieces(delta(1, 2, 3), size=8)
         says: queue.SimpleQueue[pb.UploadRequest | None] = queue.SimpleQueue()
         other = pb.UploadHeader()
         other.CopyFrom(header)

@@ -110,7 +110,7 @@ def test_an_upload_that_stands_still_is_cut_off_and_goes_on(quick: Federation) -
     coordinator = quick.coordinator(run=run, evaluation={"clients": False})
     with Scripted(quick, hello("alice")) as alice:
         header = alice.header(alice.hear("assignment").id)
-        first, second = pieces(delta(1, 2, 3), 8)
+        first, second = pieces(delta(1, 2, 3), size=8)
         says: queue.SimpleQueue[pb.UploadRequest | None] = queue.SimpleQueue()
         says.put(pb.UploadRequest(header=header))
         says.put(pb.UploadRequest(chunk=first))
