@@ -8,13 +8,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +34,39 @@ from choral_client.enrolment import enrol, tls
 from choral_deploy.given import hand_over
 from choral_deploy.operator import Operator
 from choral_deploy.processes import Child, Children, started
-from choral_server.trust import make_authority
+from choral_server.trust import CA_CERTIFICATE, CA_KEY, Authority, make_authority
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from usage import usage
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tests"))  # not installed: like the benchmarks, they are for those who work on Choral
 
 Times = np.ndarray[tuple[int], np.dtype[np.float64]]
+ENDLESS = 1_000_000  # rounds
 _CLI = "choral_deploy.cli"
+_CERTIFICATE_S = 86_400.0
+_POLL_S = 0.05
+_QUIET, _QUIET_S = 0.02, 0.3  # so much CPU time in so long is nobody's work
 _TRAINING = KINDS[Kind.TRAINING]
 _INTERRUPTED = 130  # the exit code after Ctrl-C
 
 
 class Federation:
-    """A coordinator and its clients, in a folder. All hold the same shard."""
+    """A coordinator and its clients, in a folder. All hold the same shard. `rounds` has told of `rounds_told`.
+
+    Clients enrol with a token that they are given, unless there are certificates for them in the folder (`certify`).
+    """
 
     def __init__(self, folder: Path, task: str, children: Children, processes: asyncio.TaskGroup) -> None:
         self.clients: list[Child] = []
         self.address = ""
         self.operator = Operator(str(folder / "state" / "admin.sock"))
         self.folder = folder
+        self.rounds_told = 0
         self._task = task
         self._children = children
         self._processes = processes
@@ -74,19 +88,23 @@ class Federation:
     async def start_clients(self, count: int, address: str = "") -> None:
         """Start so many more; they reach the coordinator at its own address, if no other is given."""
         for number in range(len(self.clients), len(self.clients) + count):
-            name = f"client-{number}"
+            name = _client(number)
             options = {
                 "--name": name,
                 "--server": address or self.address,
                 "--task": self._task,
                 "--data": self.folder / "shard.csv",
-                "--token": self.folder / f"{name}.token",
                 "--state": self.folder / name,
                 "--holdout": 0,
                 "--threads": 1,
                 "--log-level": "warning",
             }
-            hand_over(self.folder / f"{name}.token", await self.operator.token(name))
+            if (certificate := self.folder / f"{name}.pem").exists():
+                options |= {"--ca": self.folder / CA_CERTIFICATE, "--certificate": certificate}
+                options |= {"--key": certificate.with_suffix(".key")}
+            else:
+                options["--token"] = self.folder / f"{name}.token"
+                hand_over(self.folder / f"{name}.token", await self.operator.token(name))
             client = await self._start(name, ["client", *(part for option in options.items() for part in option)])
             self._processes.create_task(_succeed(client))
             self.clients.append(client)
@@ -111,12 +129,53 @@ class Federation:
         async with aclosing(self.changes()) as changes:
             async for changed in changes:
                 if changed.state == pb.ROUND_STATE_DONE:
+                    self.rounds_told = changed.number + 1
                     yield changed
+
+    async def rest(self, rounds: AsyncIterator[pb.Round]) -> list[pb.Round]:
+        """Pause the run and wait until nothing moves any more; returns the rounds that ended meanwhile."""
+        ended = []
+        async with self.operator.stub() as admin:
+            state = (await admin.PauseRun(pb.PauseRunRequest())).run.state
+            while state != pb.RUN_STATE_PAUSED:  # a little after the last round
+                await asyncio.sleep(_POLL_S)
+                state = (await admin.ListRuns(pb.ListRunsRequest())).runs[0].state
+            (newest,) = (await admin.ListRounds(pb.ListRoundsRequest(limit=1))).rounds
+        while self.rounds_told <= newest.number:
+            ended.append(await anext(rounds))
+        before, now = -math.inf, self.cpu_s()
+        while now - before > _QUIET:  # clients still fetch the last version
+            await asyncio.sleep(_QUIET_S)
+            before, now = now, self.cpu_s()
+        return ended
+
+    async def resume(self) -> None:
+        """Let the run go on."""
+        async with self.operator.stub() as admin:
+            await admin.ResumeRun(pb.ResumeRunRequest())
+
+    async def stop(self) -> None:
+        """End a run that rests."""
+        async with self.operator.stub() as admin:
+            await admin.StopRun(pb.StopRunRequest())
+
+    @property
+    def server_pid(self) -> int:
+        """The coordinator's process."""
+        return self._server.process.pid
+
+    @property
+    def client_pids(self) -> list[int]:
+        """The clients' processes."""
+        return [client.process.pid for client in self.clients]
+
+    def cpu_s(self) -> float:
+        """The CPU time of all processes so far."""
+        return sum(usage(pid).cpu_s for pid in (self.server_pid, *self.client_pids))
 
     def memory_mb(self) -> float:
         """The coordinator's resident memory."""
-        status = Path(f"/proc/{self._server.process.pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+        return usage(self.server_pid).resident_bytes / 2**20
 
     async def bare_call_s(self, calls: int = 300) -> float:
         """Median seconds of a unary call over TLS to the coordinator: while it waits, this is what this machine can do."""
@@ -143,15 +202,56 @@ async def federation(task: str, run: Mapping[str, Any], rows: int = 2, **config:
     `run` and `config` are keys of the coordinator's configuration, `rows` is the length of the shard. Raises ChoralError: a process
     failed.
     """
+    async with unstarted(task, run, rows, **config) as made:
+        await made.start_coordinator()
+        yield made
+
+
+@asynccontextmanager
+async def unstarted(task: str, run: Mapping[str, Any], rows: int = 2, **config: Any) -> AsyncIterator[Federation]:
+    """The same before its coordinator is started."""
     with tempfile.TemporaryDirectory(prefix="choral-") as name:
         _prepare(Path(name), task, run, rows, config)
         try:
             async with started() as children, asyncio.TaskGroup() as processes:
-                made = Federation(Path(name), task, children, processes)
-                await made.start_coordinator()
-                yield made
+                yield Federation(Path(name), task, children, processes)
         except* ChoralError as failures:
             raise failures.exceptions[0] from None
+
+
+def certify(folder: Path, count: int) -> None:
+    """Make so many clients' keys and certificates, as an authority of one's own does if the coordinator enrols nobody."""
+    authority = Authority.load(folder / CA_CERTIFICATE, folder / CA_KEY)
+    for name in map(_client, range(count)):
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = authority.certify(key.public_key(), name, "device", _CERTIFICATE_S, datetime.now(UTC))
+        (folder / f"{name}.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        (folder / f"{name}.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+
+
+async def launch_s(task: str, clients: int, run: Mapping[str, Any], **config: Any) -> float:
+    """Seconds from the launch of all processes at once until the first round is done.
+
+    What happens once in a federation's life has happened: there are certificates. No client has a model yet.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    tls = {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem"}
+    settings = {"rounds": ENDLESS, "cohort_size": clients, **run}
+    async with unstarted(task, settings, listen=address, tls=tls, **config) as here:
+        certify(here.folder, clients)
+        began = time.time()
+        async with asyncio.TaskGroup() as starting:
+            starting.create_task(here.start_coordinator())
+            starting.create_task(here.start_clients(clients, address))
+        async with aclosing(here.rounds()) as rounds, here.operator.stub() as admin:
+            await anext(rounds)
+            (first,) = (await admin.ListRounds(pb.ListRoundsRequest(number=0))).rounds
+            await here.rest(rounds)
+            await here.stop()
+            async for _ in rounds:
+                pass
+    return first.opened_at.ToNanoseconds() / 1e9 + first.duration_s - began
 
 
 def timings(series: Iterable[Sequence[pb.Round]]) -> tuple[Times, Times]:
@@ -209,6 +309,10 @@ def _prepare(folder: Path, task: str, run: Mapping[str, Any], rows: int, config:
         "exit_when_done": True,
     }
     (folder / "choral.yaml").write_text(yaml.safe_dump({**content, **config}))
+
+
+def _client(number: int) -> str:
+    return f"client-{number}"
 
 
 async def _succeed(child: Child) -> None:

@@ -1,12 +1,25 @@
-"""How long a round takes when nothing is trained: real processes, TLS on loopback, the coordinator as users run it.
+"""What a round costs when nothing is trained: real processes, TLS on loopback, the coordinator as users run it.
 
-    python benchmarks/rounds.py --clients 2 --params 1700 [--rounds 200] [--database URL ...] [--json]
+    python benchmarks/rounds.py --clients 2 --params 1700 [--rounds 200] [--codec NAME] [--database URL ...] [--json]
     python benchmarks/rounds.py --durability [--rounds 200] [--series 20] [--json]
 
-Prints the median and 95th percentile of the rounds' duration (from opening until the version is written), of the whole cycle (from
-one opening to the next: with all commits, and what clients do in between), and beside them, measured in the same run, what one bare
-unary gRPC call over TLS takes on this machine: their ratio is what can be compared between machines. `--database` measures over
-another database, or over several: `sqlite` is a file in the state folder, `sqlite://` keeps all in memory.
+Prints, all of one run:
+
+    round, cycle  median and 95th percentile of the rounds' duration (from opening until the version is written), and of the whole
+                  cycle (from one opening to the next: with all commits, and what clients do in between)
+    bare call     one unary gRPC call over TLS on this machine; how many of these a round is can be compared between machines
+    memory        the most that was ever resident in the coordinator, beside what it has when it is ready, and in the client that had
+                  most, beside what it had before there was a model (all imported, nothing fetched)
+    CPU           seconds of the coordinator, and of a client on the average, per round
+    bytes         that a client sent and received per round, as the kernel counts TCP's payload (`ss`): with TLS, HTTP/2, checksums
+                  and announcements. They are the only figure that a codec should change for certain
+    launch        from the start of all processes at once, with certificates and without a model, until the first round is done
+    floor         bare gRPC moving the same bytes, each client first down, then up (floor.py), in plaintext and with mutual TLS
+    payload       float32 model bytes that a cycle moves, once down and once up for each client, per second; and how much of what
+                  the floors move that is
+
+`--database` measures over another database, or over several: `sqlite` is a file in the state folder, `sqlite://` keeps all in
+memory. Clients change every parameter in every round (empty_task.py), so nothing can be left out as known.
 
 `--durability` prints what it costs that a round survives: the same federation over SQLite in memory, over a SQLite file, and over
 a PostgreSQL server of its own. All three are there at once, and all but one are paused: they take turns in short series of rounds,
@@ -23,47 +36,152 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from choral.errors import ConfigError
 from choral.v1 import admin_pb2 as pb
-from federation import Times, at_least, federation, progress, tidily, timings
+from choral_server.trust import make_authority
+from federation import ENDLESS, Federation, Times, at_least, certify, federation, launch_s, progress, tidily, timings
+from floor import floor_s
+from usage import Usage, traffic, usage
 
 IN_MEMORY = "SQLite, in memory"
 NAMES = {"sqlite://": IN_MEMORY, "sqlite": "SQLite, a file"}
 WARM_UP = 10  # rounds that are not counted
 SETTLING = 3  # the same in each series
-ENDLESS = 1_000_000  # rounds
+LARGE_PARAMS = 1_000_000
+FLOAT_BYTES = 4
+FLOORS = ("plaintext", "mtls")
+FLOOR_REPETITIONS, LARGE_FLOOR_REPETITIONS = 51, 6  # the first is not counted
 TASK = "empty_task:task"
 
 Rounds = list[pb.Round]
-Figures = dict[str, float | str]
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Count:
+    """What all processes have taken, and what came and went, so far; clients by process id."""
+
+    rounds: int
+    server: Usage
+    clients: dict[int, Usage]
+    traffic: dict[int, tuple[int, int]] | None
+
+    @classmethod
+    def of(cls, here: Federation) -> Self:
+        """Of a federation that rests."""
+        clients = {pid: usage(pid) for pid in here.client_pids}
+        return cls(here.rounds_told, usage(here.server_pid), clients, traffic(int(here.address.rpartition(":")[2])))
 
 
 async def measure(options: argparse.Namespace, database: str) -> Figures:
-    """Run the federation over a database and return the figures."""
-    settings = {"rounds": WARM_UP + options.rounds, "cohort_size": options.clients}
+    """Run the federation over a database, and its floors; return the figures."""
+    model_bytes = FLOAT_BYTES * options.params
+    figures = {"database": name_of(database), "model_bytes": model_bytes}
+    with tempfile.TemporaryDirectory(prefix="choral-") as folder:
+        figures |= await of_rounds(options, database, Path(folder))
+        figures["launch_s"] = await launch_s(TASK, options.clients, codec(options), database=url(database))
+        figures |= await of_floors(options, Path(folder))
+    for what in ("cycle", "round"):
+        figures[f"payload_bytes_per_s_in_{what}"] = moved = 2000 * options.clients * model_bytes / figures[f"{what}_ms_p50"]
+        for kind in FLOORS:
+            figures[f"payload_to_{kind}_floor_in_{what}"] = moved / figures[f"{kind}_floor_bytes_per_s"]
+    return figures
+
+
+async def of_rounds(options: argparse.Namespace, database: str, notes: Path) -> Figures:
+    """How long rounds take, and what they take of the machine. `notes` is where clients tell of their memory."""
+    os.environ["CHORAL_EMPTY_NOTES"] = str(notes)
+    settings = {"rounds": ENDLESS, "cohort_size": options.clients, **codec(options)}
+    warm_up = WARM_UP if options.params < LARGE_PARAMS else 1
     async with federation(TASK, settings, database=url(database)) as here, aclosing(here.rounds()) as done:
+        ready = usage(here.server_pid)
         call_s = await here.bare_call_s()
         await here.start_clients(options.clients)
-        with progress(f"rounds over {name_of(database)}", settings["rounds"]) as advance:
-            seen = []
-            async for each in done:
-                seen.append(each)
-                advance()
-    rounds, cycles = timings([seen[WARM_UP:]])
+        with progress(f"rounds over {name_of(database)}", warm_up + options.rounds) as advance:
+            await take(done, warm_up, advance)
+            await here.rest(done)
+            before = Count.of(here)
+            await here.resume()
+            seen = await take(done, options.rounds, advance) + await here.rest(done)
+        after = Count.of(here)
+        await here.stop()
+        async for _ in done:
+            pass
+    rounds, cycles = timings([seen[1:]])  # clients had fetched the first one's model before it opened
     return {
-        "database": name_of(database),
-        "round_ms_p50": float(np.percentile(rounds, 50)),
-        "round_ms_p95": float(np.percentile(rounds, 95)),
-        "cycle_ms_p50": float(np.percentile(cycles, 50)),
-        "cycle_ms_p95": float(np.percentile(cycles, 95)),
+        **{f"round_ms_p{p}": float(np.percentile(rounds, p)) for p in (50, 95)},
+        **{f"cycle_ms_p{p}": float(np.percentile(cycles, p)) for p in (50, 95)},
         "bare_call_ms_p50": call_s * 1000,
         "round_in_bare_calls": float(np.percentile(rounds, 50) / call_s / 1000),
+        "server_ready_bytes": ready.resident_bytes,
+        "server_peak_bytes": after.server.peak_bytes,
+        **taken_by_clients(after, {pid: int((notes / str(pid)).read_text()) for pid in after.clients}, FLOAT_BYTES * options.params),
+        **per_round(before, after),
     }
+
+
+async def take(done: AsyncIterator[pb.Round], count: int, advance: Callable[[], None]) -> Rounds:
+    """The next so many rounds."""
+    taken = []
+    for _ in range(count):
+        taken.append(await anext(done))
+        advance()
+    return taken
+
+
+def taken_by_clients(after: Count, imports: Mapping[int, int], model_bytes: int) -> Figures:
+    """The memory of the client that had most beyond its imports."""
+    most = max(after.clients, key=lambda pid: after.clients[pid].peak_bytes - imports[pid])
+    peak = after.clients[most].peak_bytes
+    return {
+        "client_imports_bytes": imports[most],
+        "client_peak_bytes": peak,
+        "client_peak_beyond_imports_in_models": (peak - imports[most]) / model_bytes,
+    }
+
+
+def per_round(before: Count, after: Count) -> Figures:
+    """CPU time and bytes; None for what cannot be measured here."""
+    rounds = after.rounds - before.rounds
+    spent = [after.clients[pid].cpu_s - before.clients[pid].cpu_s for pid in after.clients]
+    sent = received = None
+    if before.traffic is not None and after.traffic is not None:
+        moved = [np.subtract(after.traffic[pid], before.traffic[pid]) for pid in after.clients]
+        sent, received = (float(each) for each in np.mean(moved, axis=0) / rounds)
+    return {
+        "server_cpu_s_per_round": (after.server.cpu_s - before.server.cpu_s) / rounds,
+        "client_cpu_s_per_round": float(np.mean(spent)) / rounds,
+        "client_sent_bytes_per_round": sent,
+        "client_received_bytes_per_round": received,
+    }
+
+
+async def of_floors(options: argparse.Namespace, folder: Path) -> Figures:
+    """The same bytes over bare gRPC."""
+    size_bytes = FLOAT_BYTES * options.params
+    repetitions = FLOOR_REPETITIONS if options.params < LARGE_PARAMS else LARGE_FLOOR_REPETITIONS
+    make_authority(folder, ["localhost", "127.0.0.1"])
+    certify(folder, 1)
+    figures: Figures = {}
+    for kind in FLOORS:
+        seconds = float(np.median((await floor_s(options.clients, size_bytes, repetitions, folder, kind == "mtls"))[1:]))
+        figures[f"{kind}_floor_s"] = seconds
+        figures[f"{kind}_floor_bytes_per_s"] = 2 * options.clients * size_bytes / seconds
+    return figures
+
+
+def codec(options: argparse.Namespace) -> dict[str, Any]:
+    """The run's settings for it."""
+    return {"compression": {"upload": options.codec}} if options.codec else {}
 
 
 def url(database: str) -> str | None:
@@ -148,6 +266,7 @@ def main() -> None:
     parser.add_argument("--clients", type=at_least(1), default=2)
     parser.add_argument("--params", type=at_least(1), default=1700)
     parser.add_argument("--rounds", type=at_least(2), default=200)
+    parser.add_argument("--codec", help="how uploads are compressed; as they are, if not given")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--database", action="append", help="once for each to be measured; a file in the state folder by default")
     what.add_argument("--durability", action="store_true", help="compare the databases with each other")
@@ -157,6 +276,8 @@ def main() -> None:
     os.environ["CHORAL_EMPTY_PARAMS"] = str(options.params)
     setting = {"clients": options.clients, "params": options.params, "rounds": options.rounds}
     if options.durability:
+        if options.codec:
+            raise ConfigError("--codec: --durability compares databases; leave one of them out")
         if options.rounds < 2 * options.series:
             raise ConfigError(f"--series {options.series}: two rounds at least in each are more than --rounds {options.rounds}")
         with databases() as found:
@@ -164,7 +285,7 @@ def main() -> None:
         tell_costs(setting | {"series": options.series}, costs, options.json)
         return
     for database in options.database or ["sqlite"]:
-        tell(setting | asyncio.run(measure(options, database)), options.json)
+        tell(setting | {"codec": options.codec} | asyncio.run(measure(options, database)), options.json)
 
 
 def tell_costs(setting: dict[str, int], costs: list[Figures], as_json: bool) -> None:
@@ -192,10 +313,30 @@ def tell(found: Figures, as_json: bool) -> None:
     print(
         f"{found['clients']} clients, {found['params']} parameters, {found['rounds']} rounds without training, TLS, real processes"
     )
-    print(f"database   {found['database']}")
+    print(f"database   {found['database']}" + (f"    codec {found['codec']}" if found["codec"] else ""))
     print(f"round      p50 {found['round_ms_p50']:8.2f} ms    p95 {found['round_ms_p95']:8.2f} ms")
     print(f"cycle      p50 {found['cycle_ms_p50']:8.2f} ms    p95 {found['cycle_ms_p95']:8.2f} ms    from one opening to the next")
     print(f"bare call  p50 {found['bare_call_ms_p50']:8.2f} ms    a round is {found['round_in_bare_calls']:.1f} of these")
+    beyond = f"    {found['client_peak_beyond_imports_in_models']:.2f} x the model beyond its imports"
+    print(f"server     peak {mb(found['server_peak_bytes'])}, {mb(found['server_ready_bytes'])} when it is ready", end="")
+    print(f"    CPU {found['server_cpu_s_per_round'] * 1000:8.2f} ms a round")
+    print(f"client     peak {mb(found['client_peak_bytes'])}, {mb(found['client_imports_bytes'])} after its imports", end="")
+    print(f"    CPU {found['client_cpu_s_per_round'] * 1000:8.2f} ms a round{beyond if found['params'] >= LARGE_PARAMS else ''}")
+    sent, received = found["client_sent_bytes_per_round"], found["client_received_bytes_per_round"]
+    if sent is None:
+        print("bytes      not measured: there is no ss (iproute2)")
+    else:
+        print(f"bytes      of a client in a round: sent {sent:.0f}, received {received:.0f}, and the model is {found['model_bytes']}")
+    print(f"launch     {found['launch_s']:.2f} s until the first round is done")
+    for kind in FLOORS:
+        seconds, rate = found[f"{kind}_floor_s"], found[f"{kind}_floor_bytes_per_s"]
+        print(f"floor      {kind:9} {seconds * 1000:9.2f} ms, {rate / 1e9:.3f} GB/s    payload in a cycle at ", end="")
+        print(f"{found[f'payload_to_{kind}_floor_in_cycle']:.1%} of it, in a round at {found[f'payload_to_{kind}_floor_in_round']:.1%}")
+
+
+def mb(size_bytes: float) -> str:
+    """For people."""
+    return f"{size_bytes / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":
