@@ -229,16 +229,15 @@ def certify(folder: Path, count: int) -> None:
         (folder / f"{name}.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
 
 
-async def launch_s(task: str, clients: int, run: Mapping[str, Any], **config: Any) -> float:
-    """Seconds from the launch of all processes at once until the first round is done.
+async def launch_s(task: str, run: Mapping[str, Any], clients: int, **config: Any) -> float:
+    """Seconds from the launch of all processes at once until the first round is done, of a run that would go on for long.
 
     What happens once in a federation's life has happened: there are certificates. No client has a model yet.
     """
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     tls = {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem"}
-    settings = {"rounds": ENDLESS, "cohort_size": clients, **run}
-    async with unstarted(task, settings, listen=address, tls=tls, **config) as here:
+    async with unstarted(task, run, listen=address, tls=tls, **config) as here:
         certify(here.folder, clients)
         began = time.time()
         async with asyncio.TaskGroup() as starting:

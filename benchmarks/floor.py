@@ -1,8 +1,8 @@
 """The floor under a round: how fast bare gRPC moves the same bytes between as many processes, to a server that throws them away.
 
 It is measured by `rounds.py`, which starts this file as a server and as its clients. In each repetition all clients fetch so many
-bytes, and then send as many, in messages of 1 MiB that nothing packs or looks at. The clock runs in the server, from the moment when
-all clients have asked until the last byte of the last client has come.
+bytes, and then send as many, in messages of 1 MiB that nothing packs or looks at. The clock runs in the server, from the moment
+when all clients have asked until the last byte of the last client has come.
 """
 
 from __future__ import annotations

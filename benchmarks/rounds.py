@@ -8,8 +8,8 @@ Prints, all of one run:
     round, cycle  median and 95th percentile of the rounds' duration (from opening until the version is written), and of the whole
                   cycle (from one opening to the next: with all commits, and what clients do in between)
     bare call     one unary gRPC call over TLS on this machine; how many of these a round is can be compared between machines
-    memory        the most that was ever resident in the coordinator, beside what it has when it is ready, and in the client that had
-                  most, beside what it had before there was a model (all imported, nothing fetched)
+    memory        the most that was ever resident in the coordinator, beside what it has when it is ready, and in the client that
+                  had most, beside what it had before there was a model (all imported, nothing fetched)
     CPU           seconds of the coordinator, and of a client on the average, per round
     bytes         that a client sent and received per round, as the kernel counts TCP's payload (`ss`): with TLS, HTTP/2, checksums
                   and announcements. They are the only figure that a codec should change for certain
@@ -57,13 +57,39 @@ NAMES = {"sqlite://": IN_MEMORY, "sqlite": "SQLite, a file"}
 WARM_UP = 10  # rounds that are not counted
 SETTLING = 3  # the same in each series
 LARGE_PARAMS = 1_000_000
-FLOAT_BYTES = 4
 FLOORS = ("plaintext", "mtls")
 FLOOR_REPETITIONS, LARGE_FLOOR_REPETITIONS = 51, 6  # the first is not counted
 TASK = "empty_task:task"
 
 Rounds = list[pb.Round]
 Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is run: so many rounds of so many clients, with so many parameters."""
+
+    clients: int
+    params: int
+    rounds: int
+    codec: str | None = None
+    database: str = "sqlite"
+
+    @property
+    def model_bytes(self) -> int:
+        """Of float32."""
+        return 4 * self.params
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a round takes so long that there cannot be many."""
+        return self.params >= LARGE_PARAMS
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The run's settings; it goes on until it is stopped."""
+        compression = {"compression": {"upload": self.codec}} if self.codec else {}
+        return {"rounds": ENDLESS, "cohort_size": self.clients, **compression}
 
 
 @dataclass(frozen=True)
@@ -82,36 +108,35 @@ class Count:
         return cls(here.rounds_told, usage(here.server_pid), clients, traffic(int(here.address.rpartition(":")[2])))
 
 
-async def measure(options: argparse.Namespace, database: str) -> Figures:
-    """Run the federation over a database, and its floors; return the figures."""
-    model_bytes = FLOAT_BYTES * options.params
-    figures = {"database": name_of(database), "model_bytes": model_bytes}
+async def measure(load: Load) -> Figures:
+    """Run the federation, and its floors; return the figures."""
+    figures: Figures = {"codec": load.codec, "database": name_of(load.database), "model_bytes": load.model_bytes}
     with tempfile.TemporaryDirectory(prefix="choral-") as folder:
-        figures |= await of_rounds(options, database, Path(folder))
-        figures["launch_s"] = await launch_s(TASK, options.clients, codec(options), database=url(database))
-        figures |= await of_floors(options, Path(folder))
+        figures |= await of_rounds(load, Path(folder))
+        figures["launch_s"] = await launch_s(TASK, load.run, load.clients, database=url(load.database))
+        figures |= await of_floors(load, Path(folder))
     for what in ("cycle", "round"):
-        figures[f"payload_bytes_per_s_in_{what}"] = moved = 2000 * options.clients * model_bytes / figures[f"{what}_ms_p50"]
+        moved = 2 * load.clients * load.model_bytes / figures[f"{what}_ms_p50"] * 1000
+        figures[f"payload_bytes_per_s_in_{what}"] = moved
         for kind in FLOORS:
             figures[f"payload_to_{kind}_floor_in_{what}"] = moved / figures[f"{kind}_floor_bytes_per_s"]
     return figures
 
 
-async def of_rounds(options: argparse.Namespace, database: str, notes: Path) -> Figures:
+async def of_rounds(load: Load, notes: Path) -> Figures:
     """How long rounds take, and what they take of the machine. `notes` is where clients tell of their memory."""
-    os.environ["CHORAL_EMPTY_NOTES"] = str(notes)
-    settings = {"rounds": ENDLESS, "cohort_size": options.clients, **codec(options)}
-    warm_up = WARM_UP if options.params < LARGE_PARAMS else 1
-    async with federation(TASK, settings, database=url(database)) as here, aclosing(here.rounds()) as done:
+    os.environ |= {"CHORAL_EMPTY_PARAMS": str(load.params), "CHORAL_EMPTY_NOTES": str(notes)}
+    warm_up = 1 if load.is_large else WARM_UP
+    async with federation(TASK, load.run, database=url(load.database)) as here, aclosing(here.rounds()) as done:
         ready = usage(here.server_pid)
         call_s = await here.bare_call_s()
-        await here.start_clients(options.clients)
-        with progress(f"rounds over {name_of(database)}", warm_up + options.rounds) as advance:
+        await here.start_clients(load.clients)
+        with progress(f"rounds over {name_of(load.database)}", warm_up + load.rounds) as advance:
             await take(done, warm_up, advance)
             await here.rest(done)
             before = Count.of(here)
             await here.resume()
-            seen = await take(done, options.rounds, advance) + await here.rest(done)
+            seen = await take(done, load.rounds, advance) + await here.rest(done)
         after = Count.of(here)
         await here.stop()
         async for _ in done:
@@ -124,7 +149,7 @@ async def of_rounds(options: argparse.Namespace, database: str, notes: Path) -> 
         "round_in_bare_calls": float(np.percentile(rounds, 50) / call_s / 1000),
         "server_ready_bytes": ready.resident_bytes,
         "server_peak_bytes": after.server.peak_bytes,
-        **taken_by_clients(after, {pid: int((notes / str(pid)).read_text()) for pid in after.clients}, FLOAT_BYTES * options.params),
+        **taken_by_clients(after, {pid: int((notes / str(pid)).read_text()) for pid in after.clients}, load.model_bytes),
         **per_round(before, after),
     }
 
@@ -165,23 +190,17 @@ def per_round(before: Count, after: Count) -> Figures:
     }
 
 
-async def of_floors(options: argparse.Namespace, folder: Path) -> Figures:
+async def of_floors(load: Load, folder: Path) -> Figures:
     """The same bytes over bare gRPC."""
-    size_bytes = FLOAT_BYTES * options.params
-    repetitions = FLOOR_REPETITIONS if options.params < LARGE_PARAMS else LARGE_FLOOR_REPETITIONS
+    repetitions = LARGE_FLOOR_REPETITIONS if load.is_large else FLOOR_REPETITIONS
     make_authority(folder, ["localhost", "127.0.0.1"])
     certify(folder, 1)
     figures: Figures = {}
     for kind in FLOORS:
-        seconds = float(np.median((await floor_s(options.clients, size_bytes, repetitions, folder, kind == "mtls"))[1:]))
+        seconds = float(np.median((await floor_s(load.clients, load.model_bytes, repetitions, folder, kind == "mtls"))[1:]))
         figures[f"{kind}_floor_s"] = seconds
-        figures[f"{kind}_floor_bytes_per_s"] = 2 * options.clients * size_bytes / seconds
+        figures[f"{kind}_floor_bytes_per_s"] = 2 * load.clients * load.model_bytes / seconds
     return figures
-
-
-def codec(options: argparse.Namespace) -> dict[str, Any]:
-    """The run's settings for it."""
-    return {"compression": {"upload": options.codec}} if options.codec else {}
 
 
 def url(database: str) -> str | None:
@@ -285,7 +304,8 @@ def main() -> None:
         tell_costs(setting | {"series": options.series}, costs, options.json)
         return
     for database in options.database or ["sqlite"]:
-        tell(setting | {"codec": options.codec} | asyncio.run(measure(options, database)), options.json)
+        load = Load(**setting, codec=options.codec, database=database)
+        tell(setting | asyncio.run(measure(load)), options.json)
 
 
 def tell_costs(setting: dict[str, int], costs: list[Figures], as_json: bool) -> None:
@@ -322,16 +342,17 @@ def tell(found: Figures, as_json: bool) -> None:
     print(f"    CPU {found['server_cpu_s_per_round'] * 1000:8.2f} ms a round")
     print(f"client     peak {mb(found['client_peak_bytes'])}, {mb(found['client_imports_bytes'])} after its imports", end="")
     print(f"    CPU {found['client_cpu_s_per_round'] * 1000:8.2f} ms a round{beyond if found['params'] >= LARGE_PARAMS else ''}")
-    sent, received = found["client_sent_bytes_per_round"], found["client_received_bytes_per_round"]
-    if sent is None:
+    if (sent := found["client_sent_bytes_per_round"]) is None:
         print("bytes      not measured: there is no ss (iproute2)")
     else:
-        print(f"bytes      of a client in a round: sent {sent:.0f}, received {received:.0f}, and the model is {found['model_bytes']}")
+        received, model = found["client_received_bytes_per_round"], found["model_bytes"]
+        print(f"bytes      of a client in a round: sent {sent:.0f}, received {received:.0f}, and the model has {model}")
     print(f"launch     {found['launch_s']:.2f} s until the first round is done")
     for kind in FLOORS:
         seconds, rate = found[f"{kind}_floor_s"], found[f"{kind}_floor_bytes_per_s"]
-        print(f"floor      {kind:9} {seconds * 1000:9.2f} ms, {rate / 1e9:.3f} GB/s    payload in a cycle at ", end="")
-        print(f"{found[f'payload_to_{kind}_floor_in_cycle']:.1%} of it, in a round at {found[f'payload_to_{kind}_floor_in_round']:.1%}")
+        cycle, alone = (found[f"payload_to_{kind}_floor_in_{what}"] for what in ("cycle", "round"))
+        print(f"floor      {kind:9} {seconds * 1000:9.2f} ms, {rate / 1e9:.3f} GB/s", end="")
+        print(f"    payload in a cycle at {cycle:.1%} of it, in a round at {alone:.1%}")
 
 
 def mb(size_bytes: float) -> str:
