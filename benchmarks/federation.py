@@ -47,6 +47,8 @@ sys.path.append(str(HERE.parent / "tests"))  # not installed: like the benchmark
 
 Times = np.ndarray[tuple[int], np.dtype[np.float64]]
 ENDLESS = 1_000_000  # rounds
+OWN_AUTHORITY = {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem"}
+"""of a coordinator that enrols nobody: `certify` makes the clients' certificates"""
 _CLI = "choral_deploy.cli"
 _CERTIFICATE_S = 86_400.0
 _POLL_S = 0.05
@@ -108,6 +110,14 @@ class Federation:
             client = await self._start(name, ["client", *(part for option in options.items() for part in option)])
             self._processes.create_task(_succeed(client))
             self.clients.append(client)
+
+    async def start_light(self, first: int, count: int) -> None:
+        """Start one process that is so many clients (light.py), for whom there are certificates."""
+        log = self.folder / f"light-{first}.log"
+        arguments = ["light", self.address, str(self.folder), str(first), str(count), self._task]
+        process = await self._children.start(log.stem, arguments, log)
+        self._processes.create_task(_succeed(process))
+        self.clients.append(process)
 
     async def changes(self) -> AsyncGenerator[pb.Round, None]:
         """Each change of a training round, until the coordinator ends. Raises ChoralError: a round was abandoned."""
@@ -236,8 +246,7 @@ async def launch_s(task: str, run: Mapping[str, Any], clients: int, **config: An
     """
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-    tls = {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem"}
-    async with unstarted(task, run, listen=address, tls=tls, **config) as here:
+    async with unstarted(task, run, listen=address, tls=OWN_AUTHORITY, **config) as here:
         certify(here.folder, clients)
         began = time.time()
         async with asyncio.TaskGroup() as starting:

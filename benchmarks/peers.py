@@ -1,4 +1,4 @@
-"""The same work on Flower, on NVFlare and on Choral, in one run: rounds in which nothing is trained, real deployments on this machine.
+"""The same work on Flower, on NVFlare and on Choral, in one run: rounds without training, real deployments on this machine.
 
     python benchmarks/peers.py [--rows small-2 ...] [--peers flower nvflare] [--rounds 3] [--venvs FOLDER] [--json]
 
@@ -6,17 +6,18 @@
     100mb-2, 100mb-10   25 000 000 parameters
     1gb-2               250 000 000 parameters
 
-Each peer lives in a virtual environment of its own, which is made when it is first needed. A row is measured on one after the other:
+Each peer lives in a virtual environment of its own, which is made when it is first needed. A row is measured on one after another:
 
     choral   a coordinator with SQLite and a process per client, mutual TLS: as users run it, as rounds.py does
+    floor    bare gRPC moving the same bytes, in plaintext and with mutual TLS (floor.py)
     flower   flower-superlink, a flower-supernode per client, `flwr run`: without TLS, state in memory, no telemetry; FedAvg
-    nvflare  a server and a process per site (PocEnv), mutual TLS; FedAvg, numpy recipe
-    floor    bare gRPC moving the same bytes (floor.py)
+    nvflare  a server and a process per site (PocEnv), mutual TLS; FedAvg, the recipe for NumPy
 
 Clients change every number each round. Printed are the median time from the end of a round to the end of the next, the first not
-counted; the server side's peak memory; and the time from launch until the first round is done. The peers' apps use NumPy only: what a
-user pays who trains with torch, whose import Flower repeats for each message, comes on top. Of Choral's coordinator the memory is the
-kernel's own peak; of the peers' several processes it is sampled, with what they share counted once, so rather too low than too high.
+counted; the server side's peak memory; and the time from launch until the first round is done. The peers' apps use NumPy only: what
+a user pays who trains with torch, whose import Flower repeats for each message, comes on top. Of Choral's coordinator the memory is
+the kernel's own peak; of the peers' several processes it is sampled, with what they share counted once: rather too low than too
+high. What went wrong with a peer is told in one line, and the others go on.
 """
 
 from __future__ import annotations
@@ -189,9 +190,11 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory(prefix="choral-") as folder:
                 figures = await choral(load, Path(folder))
             advance()
+            say(row, "choral", figures["choral"])
             for name in options.peers:
                 figures[name] = await tried(PEERS[name], load, options)
                 advance()
+                say(row, name, figures[name])
             found.append({"row": row, "clients": load.clients, "params": load.params, **figures})
     return found
 
@@ -207,8 +210,12 @@ async def tried(peer: Peer, load: Load, options: argparse.Namespace) -> dict[str
         reason = f"not done after {options.patience_s} s: give it more --patience-s"
     except (ChoralError, OSError) as error:
         reason = str(error)
-    print(f"{peer.name}: {reason}", file=sys.stderr)
     return {"failed": reason}
+
+
+def say(row: str, name: str, told: dict[str, Any]) -> None:
+    """One line for those who wait."""
+    print(f"{row} on {name}: {told.get('failed') or 'a round takes ' + seconds(told['cycle_s'])}", file=sys.stderr)
 
 
 def main() -> None:
