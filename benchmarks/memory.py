@@ -59,7 +59,11 @@ def draw(found: list[dict[str, float]], model_bytes: int, path: Path) -> None:
     axes.axhspan(0.9 * first, 1.1 * first, color="#2166ac", alpha=0.12, label="within 10 % of the first")
     axes.plot(clients, [each["server_peak_bytes"] / 1e6 for each in found], "o-", color="#1b7837", linewidth=2.2, label="peak")
     axes.plot(clients, [each["server_ready_bytes"] / 1e6 for each in found], "o:", color="#777777", label="when it is ready")
-    axes.set(xlabel="clients", ylabel="the coordinator's memory, MB", ylim=(0, None))
+    axes.set(
+        xlabel="clients",
+        ylabel="the coordinator's memory, MB",
+        ylim=(0, 1.2 * max(each["server_peak_bytes"] for each in found) / 1e6),
+    )
     axes.set_xscale("log", base=2)
     axes.set_xticks(clients, [f"{count:.0f}" for count in clients])
     axes.set_title(f"A model of {mb(model_bytes)}")
