@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test chaos fuzz lint protos bench wheel clean
+.PHONY: demo test chaos fuzz lint protos bench bench-peers wheel clean
 
 demo: $(READY)
 	$(BIN)/choral demo --out out
@@ -44,13 +44,21 @@ protos: $(READY)
 	protos/generate.sh
 	$(BIN)/buf build --exclude-source-info -o protos/released.binpb
 
+# Under ten minutes on two cores.
 bench: $(READY)
 	$(BIN)/python benchmarks/rounds.py --clients 2
 	$(BIN)/python benchmarks/rounds.py --clients 10
+	$(BIN)/python benchmarks/rounds.py --clients 2 --params 25000000 --rounds 5
+	$(BIN)/python benchmarks/memory.py --clients 2 16 --rounds 1
 	$(BIN)/python benchmarks/rounds.py --durability
 	$(BIN)/python benchmarks/stragglers.py
 	$(BIN)/python benchmarks/uploads.py
 	$(BIN)/python benchmarks/flood.py
+
+# The same work on Flower and NVFlare, which are installed in virtual environments of their own: make bench-peers ROWS=all
+ROWS ?= small-2 100mb-2
+bench-peers: $(READY)
+	$(BIN)/python benchmarks/peers.py --rows $(ROWS)
 
 wheel: $(READY)
 	$(BIN)/python -m build

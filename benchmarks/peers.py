@@ -1,6 +1,6 @@
 """The same work on Flower, on NVFlare and on Choral, in one run: rounds without training, real deployments on this machine.
 
-    python benchmarks/peers.py [--rows small-2 ...] [--peers flower nvflare] [--rounds 3] [--venvs FOLDER] [--json]
+    python benchmarks/peers.py [--rows small-2 ...] [--peers flower nvflare] [--rounds 3] [--torch] [--venvs FOLDER] [--json]
 
     small-2, small-10   1 700 parameters, 2 and 10 clients
     100mb-2, 100mb-10   25 000 000 parameters
@@ -14,10 +14,11 @@ Each peer lives in a virtual environment of its own, which is made when it is fi
     nvflare  a server and a process per site (PocEnv), mutual TLS; FedAvg, the recipe for NumPy
 
 Clients change every number each round. Printed are the median time from the end of a round to the end of the next, the first not
-counted; the server side's peak memory; and the time from launch until the first round is done. The peers' apps use NumPy only: what
-a user pays who trains with torch, whose import Flower repeats for each message, comes on top. Of Choral's coordinator the memory is
-the kernel's own peak; of the peers' several processes it is sampled, with what they share counted once: rather too low than too
-high. What went wrong with a peer is told in one line, and the others go on.
+counted; the server side's peak memory; and the time from launch until the first round is done. The peers' apps use NumPy only,
+which is the best case for them: `--torch` lets them import torch as well, as those of users who train with it do (in Flower each
+message is a new process that does); Choral's clients always do. Of Choral's coordinator the memory is the kernel's own peak; of the
+peers' several processes it is sampled, with what they share counted once: rather too low than too high. What went wrong with a peer
+is told in one line, and the others go on.
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ class Peer:
     name: str
     requirement: str
     run: Callable[[Load, int, Path, Path], Awaitable[Outcome]]
+
+    def needs(self, torch: bool) -> tuple[str, ...]:
+        """All that pip installs."""
+        return (self.requirement, "torch") if torch else (self.requirement,)
 
 
 async def choral(load: Load, folder: Path) -> dict[str, Any]:
@@ -162,13 +167,15 @@ def free_ports(count: int) -> list[int]:
         return [taken.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
 
 
-async def installed(peer: Peer, folder: Path) -> Path:
+async def installed(peer: Peer, folder: Path, torch: bool) -> Path:
     """The peer's virtual environment, made if it is not there yet. Raises ChoralError: pip could not."""
-    venv, note = folder / peer.name, folder / peer.name / "choral-requirement"
-    if note.exists() and note.read_text() == peer.requirement:
+    needs = peer.needs(torch)
+    venv = folder / (f"{peer.name}-torch" if torch else peer.name)
+    note = venv / "choral-requirement"
+    if note.exists() and note.read_text() == "\n".join(needs):
         return venv
     folder.mkdir(parents=True, exist_ok=True)
-    pip = [venv / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", peer.requirement]
+    pip = [venv / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *needs]
     for command in ([sys.executable, "-m", "venv", "--clear", venv], pip):
         process = await asyncio.create_subprocess_exec(
             *map(str, command), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
@@ -176,8 +183,8 @@ async def installed(peer: Peer, folder: Path) -> Path:
         said, _ = await process.communicate()
         if process.returncode != 0:
             lines = said.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
-            raise ChoralError(f"{peer.requirement} cannot be installed in {venv}: {lines[-1]}")
-    note.write_text(peer.requirement)
+            raise ChoralError(f"{' and '.join(needs)} cannot be installed in {venv}: {lines[-1]}")
+    note.write_text("\n".join(needs))
     return venv
 
 
@@ -202,7 +209,7 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 async def tried(peer: Peer, load: Load, options: argparse.Namespace) -> dict[str, Any]:
     """A peer's figures, or why there are none."""
     try:
-        venv = await installed(peer, options.venvs)
+        venv = await installed(peer, options.venvs, options.torch)
         with tempfile.TemporaryDirectory(prefix="peer-", ignore_cleanup_errors=True) as folder:
             async with asyncio.timeout(options.patience_s):
                 return vars(await peer.run(load, options.rounds, venv, Path(folder)))
@@ -226,6 +233,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=at_least(1), default=3, help="of the peers that are counted; ours are more where they are quick"
     )
+    parser.add_argument("--torch", action="store_true", help="let the peers' apps import torch")
     parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache/choral-peers", help="where the peers are installed")
     parser.add_argument("--patience-s", type=at_least(1), default=1800, help="for a peer's row")
     parser.add_argument("--json", action="store_true")
@@ -235,17 +243,22 @@ def main() -> None:
     if sys.platform != "linux":
         raise ConfigError("peers.py reads /proc: it needs Linux")
     options.venvs = options.venvs.resolve()
+    if options.torch:
+        os.environ["CHORAL_PEER_TORCH"] = "1"
     found = asyncio.run(measure(options))
     if options.json:
-        print(json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), "rows": found}))
+        print(json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), "torch": options.torch, "rows": found}))
     else:
-        tell(found, options.peers)
+        tell(found, options.peers, options.torch)
 
 
-def tell(found: Sequence[dict[str, Any]], peers: Sequence[str]) -> None:
+def tell(found: Sequence[dict[str, Any]], peers: Sequence[str], torch: bool) -> None:
     """Print the figures as a table that Markdown understands."""
     heads = ["work", "bare gRPC (mTLS)", "Choral", *(head for name in peers for head in (PEERS[name].requirement, "ratio"))]
-    print(f"{datetime.now(UTC):%Y-%m-%d}, nothing is trained; a round is timed from its end to the next one's\n")
+    apps = "with torch" if torch else "with NumPy only"
+    print(
+        f"{datetime.now(UTC):%Y-%m-%d}, nothing is trained, peers' apps {apps}; a round is timed from its end to the next one's\n"
+    )
     print(line(heads))
     print(line(["---"] * len(heads)))
     for what, floor, told in (

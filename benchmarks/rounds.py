@@ -58,7 +58,7 @@ WARM_UP = 10  # rounds that are not counted
 SETTLING = 3  # the same in each series
 LARGE_PARAMS = 1_000_000
 FLOORS = ("plaintext", "mtls")
-FLOOR_REPETITIONS, LARGE_FLOOR_REPETITIONS = 51, 6  # the first is not counted
+FLOOR_REPETITIONS, LARGE_FLOOR_REPETITIONS = 51, 4  # the first is not counted
 TASK = "empty_task:task"
 
 Rounds = list[pb.Round]

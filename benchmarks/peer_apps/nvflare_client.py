@@ -1,4 +1,4 @@
-"""The empty work of an NVFlare client: every number is changed, and nothing is trained. NumPy only."""
+"""The empty work of an NVFlare client: every number is changed, and nothing is trained. It works with NumPy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import nvflare.client as flare
+
+if os.environ.get("CHORAL_PEER_TORCH"):
+    import torch  # noqa: F401 - as users do who train with it
 
 NOISE = 1 << 20
 

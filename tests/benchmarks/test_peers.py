@@ -57,7 +57,7 @@ def test_the_first_round_counts_for_the_launch_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PEERS)
 async def test_a_peer_that_cannot_be_installed_is_told_in_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    options = argparse.Namespace(venvs=tmp_path / "file", rounds=1, patience_s=60)
+    options = argparse.Namespace(venvs=tmp_path / "file", rounds=1, patience_s=60, torch=False)
     told = await tried(PEERS[name], ROWS["small-2"], options)
     assert list(told) == ["failed"]
     assert "file" in told["failed"]
@@ -75,7 +75,7 @@ def test_the_table_has_ratios_and_says_who_failed(capsys: pytest.CaptureFixture[
         "flower": vars(Outcome(6.5, 600_000_000, 14.0)),
         "nvflare": {"failed": "it was not there"},
     }
-    tell([row], ["flower", "nvflare"])
+    tell([row], ["flower", "nvflare"], torch=False)
     lines = capsys.readouterr().out.splitlines()
     assert "| round: 1700 parameters, 2 clients | 2.0 ms (3.0 ms) | 20.0 ms | 6.50 s | 325.0 x | failed |  |" in lines
     assert "| server peak memory: 1700 parameters, 2 clients |  | 250.0 MB | 600.0 MB | 2.4 x | failed |  |" in lines

@@ -38,15 +38,9 @@ def test_rounds() -> None:
         assert found[f"{kind}_floor_bytes_per_s"] == 2 * 2 * 4 * PARAMS / found[f"{kind}_floor_s"] > 0
         share = found["payload_bytes_per_s_in_cycle"] / found[f"{kind}_floor_bytes_per_s"]
         assert found[f"payload_to_{kind}_floor_in_cycle"] == share
-
-
-def test_the_bytes_of_a_round_are_the_model_and_a_little_more_each_way() -> None:
-    found = told("rounds.py", "--clients", 1, "--params", PARAMS, "--rounds", 3)
-    if shutil.which("ss") is None:
-        assert found["client_sent_bytes_per_round"] is found["client_received_bytes_per_round"] is None
-        return
-    for way in ("sent", "received"):
-        assert 4 * PARAMS < found[f"client_{way}_bytes_per_round"] < 1.2 * 4 * PARAMS
+    for way in ("sent", "received"):  # the model, and a little more
+        moved = found[f"client_{way}_bytes_per_round"]
+        assert moved is None if shutil.which("ss") is None else 4 * PARAMS < moved < 1.2 * 4 * PARAMS
 
 
 def test_memory(tmp_path: Path) -> None:

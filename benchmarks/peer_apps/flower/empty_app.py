@@ -1,6 +1,6 @@
 """The empty work as a Flower app: clients change every number, the server takes the weighted mean, and nothing is trained.
 
-NumPy only: no process of it pays for importing torch, as those of users who train with it do for each message.
+It works with NumPy; with CHORAL_PEER_TORCH each process imports torch, as those of users who train with it do for each message.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+
+if os.environ.get("CHORAL_PEER_TORCH"):
+    import torch  # noqa: F401 - as users do who train with it
 
 NOISE = 1 << 20
 server = ServerApp()
