@@ -46,7 +46,7 @@ class Change:
         """Change every number."""
         scale = self._scale * (0.5 + torch.rand(()).item())  # the round's own: its seed is the plan's
         for parameter in self._parameters:
-            for piece in parameter.view(-1).split(NOISE):
+            for piece in parameter.view(-1).split(NOISE):  # type: ignore[no-untyped-call]
                 piece.add_(noise()[: len(piece)], alpha=scale)
 
 

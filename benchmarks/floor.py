@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from choral.errors import ChoralError
 from choral_deploy.processes import Child, started
 
 MESSAGE_BYTES = 1 << 20
@@ -24,7 +25,17 @@ _SERVER, _CLIENT = "server", "client"
 
 
 async def floor_s(clients: int, size_bytes: int, repetitions: int, folder: Path, tls: bool) -> list[float]:
-    """Seconds of each repetition. `folder` takes the logs; with `tls` it holds the keys and certificates of both sides."""
+    """Seconds of each repetition. `folder` takes the logs; with `tls` it holds the keys and certificates of both sides.
+
+    Raises ChoralError: a process failed.
+    """
+    try:
+        return await _floor_s(clients, size_bytes, repetitions, folder, tls)
+    except* ChoralError as failures:
+        raise failures.exceptions[0] from None
+
+
+async def _floor_s(clients: int, size_bytes: int, repetitions: int, folder: Path, tls: bool) -> list[float]:
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def listen(line: str) -> None:
@@ -44,7 +55,8 @@ async def floor_s(clients: int, size_bytes: int, repetitions: int, folder: Path,
 
 
 async def _or_its_end(ready: asyncio.Future[str], ended: asyncio.Task[bytes]) -> str:
-    await asyncio.wait([ready, ended], return_when=asyncio.FIRST_COMPLETED)
+    both: list[asyncio.Future[Any]] = [ready, ended]
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     if not ready.done():
         ended.result()  # raises what went wrong
     return await ready
@@ -76,7 +88,7 @@ async def serve(clients: int, size_bytes: int, repetitions: int, folder: Path | 
         return b""
 
     server = grpc.aio.server()
-    methods = {"Down": grpc.unary_stream_rpc_method_handler(down), "Up": grpc.stream_unary_rpc_method_handler(up)}
+    methods: dict[str, Any] = {"Down": grpc.unary_stream_rpc_method_handler(down), "Up": grpc.stream_unary_rpc_method_handler(up)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("floor", methods),))
     if folder is None:
         port = server.add_insecure_port("127.0.0.1:0")
@@ -99,10 +111,12 @@ async def move(address: str, size_bytes: int, repetitions: int, folder: Path | N
         ca, certificate, key = ((folder / name).read_bytes() for name in ("ca.pem", "client-0.pem", "client-0.key"))
         channel = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate))
     async with channel:
+        down: Any = channel.unary_stream(_DOWN)
+        up: Any = channel.stream_unary(_UP)
         for _ in range(repetitions):
-            async for _ in channel.unary_stream(_DOWN)(b"", wait_for_ready=True):
+            async for _ in down(b"", wait_for_ready=True):
                 pass
-            await channel.stream_unary(_UP)(pieces(size_bytes))
+            await up(pieces(size_bytes))
 
 
 def pieces(size_bytes: int) -> list[bytes]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from choral.errors import ChoralError
+from choral.errors import ChoralError, Unreachable
 from choral.flat import describe
 from choral.identity import read_credentials
 from choral.manifest import Manifest
@@ -38,15 +38,20 @@ class Client:
         """Attend until the run is over."""
         async with asyncio.TaskGroup() as parts:
             while True:
-                async with self.transport.attend(self.hello) as stream:
-                    async for message in stream.heard():
-                        if isinstance(message, Assignment):
-                            parts.create_task(self.take_part(message))
-                        elif isinstance(message, ComeBack):
-                            break
-                if message.after_s is None:  # type: ignore[union-attr] # a stream that ends without a farewell raises
+                farewell = await self.attend(parts)
+                if farewell.after_s is None:
                     return
-                await asyncio.sleep(message.after_s)  # type: ignore[union-attr]
+                await asyncio.sleep(farewell.after_s)
+
+    async def attend(self, parts: asyncio.TaskGroup) -> ComeBack:
+        """One attendance. Raises Unreachable: it ended without a farewell."""
+        async with self.transport.attend(self.hello) as stream:
+            async for message in stream.heard():
+                if isinstance(message, Assignment):
+                    parts.create_task(self.take_part(message))
+                elif isinstance(message, ComeBack):
+                    return message
+        raise Unreachable(f"{self.hello.client}: the coordinator ended the stream without a farewell")
 
     async def take_part(self, assignment: Assignment) -> None:
         """Fetch the model and send an update, however often either breaks off."""
