@@ -180,7 +180,12 @@ async def installed(peer: Peer, folder: Path, torch: bool) -> Path:
         process = await asyncio.create_subprocess_exec(
             *map(str, command), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
         )
-        said, _ = await process.communicate()
+        try:
+            said, _ = await process.communicate()
+        finally:
+            if process.returncode is None:  # nobody waits for it any more
+                process.terminate()
+                await process.wait()
         if process.returncode != 0:
             lines = said.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
             raise ChoralError(f"{' and '.join(needs)} cannot be installed in {venv}: {lines[-1]}")
