@@ -35,6 +35,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ class Peer:
     run: Callable[[Load, int, Path, Path], Awaitable[Outcome]]
 
     def needs(self, torch: bool) -> tuple[str, ...]:
-        """All that pip installs."""
-        return (self.requirement, "torch") if torch else (self.requirement,)
+        """All that pip installs; torch in the release that is installed here."""
+        return (self.requirement, f"torch=={version('torch').partition('+')[0]}") if torch else (self.requirement,)
 
 
 async def choral(load: Load, folder: Path) -> dict[str, Any]:
