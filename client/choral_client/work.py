@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from choral import codecs
+from choral.codecs import FLOAT32, Codec, Vector
 from choral.errors import Declined
 from choral.evaluation import evaluate
 from choral.flat import describe, flatten
@@ -19,6 +21,7 @@ from choral.task import Task, user_code
 
 from choral_client.checkpoint import Expected
 from choral_client.data import Shard
+from choral_client.residual import Feedback
 from choral_client.train import fit
 
 
@@ -41,8 +44,13 @@ class Work:
         self.manifest = describe(self._model)
         self.expected = Expected(self.manifest)
 
-    def do(self, plan: Plan, checkpoint: bytes, stop: threading.Event) -> Result:
-        """Do what `plan` says, starting from a safetensors file. Raises Declined, TaskError, or Stopped once `stop` is set."""
+    def do(
+        self, plan: Plan, checkpoint: bytes, stop: threading.Event, codec: Codec = FLOAT32, feedback: Feedback | None = None
+    ) -> Result:
+        """Do what `plan` says, starting from a safetensors file. An update is encoded by `codec`, `feedback` added before.
+
+        Raises Declined, TaskError, or Stopped once `stop` is set.
+        """
         self.check(plan)
         self._model.load_state_dict(self.expected.read(checkpoint))
         if plan.kind is Kind.STATISTICS:
@@ -52,7 +60,7 @@ class Work:
             if not held_out:
                 raise Declined("no examples are held out here (holdout in the client's configuration)")
             return Result(memoryview(b""), held_out)
-        return self._train(plan, held_out, stop)
+        return self._train(plan, held_out, stop, codec, feedback)
 
     def check(self, plan: Plan) -> None:
         """Raises Declined: the plan is for a task that is not installed here."""
@@ -72,7 +80,9 @@ class Work:
             return ()
         return tuple(m for m in evaluate(self._task, self._model, self._shard.held_out) if math.isfinite(m.value))
 
-    def _train(self, plan: Plan, held_out: tuple[Metric, ...], stop: threading.Event) -> Result:
+    def _train(
+        self, plan: Plan, held_out: tuple[Metric, ...], stop: threading.Event, codec: Codec, feedback: Feedback | None
+    ) -> Result:
         before = flatten(self._model.state_dict(), self.manifest)
         began = time.monotonic()
         loss = fit(self._task, self._model, self._shard.training, plan.training, plan.seed, stop)
@@ -82,7 +92,16 @@ class Work:
         work = [Metric("train_s", seconds, self._shard.size)]
         if loss is not None:
             work.append(Metric(f"train_{LOSS}", loss, self._shard.size))
-        return Result(delta.astype("<f4", copy=False).data.cast("B"), held_out, tuple(work))
+        return Result(_payload(delta, codec, plan.seed, feedback), held_out, tuple(work))
+
+
+def _payload(delta: Vector, codec: Codec, seed: int, feedback: Feedback | None) -> memoryview:
+    if codec is FLOAT32:  # as it lies in memory
+        return delta.astype("<f4", copy=False).data.cast("B")
+    rng, values = codecs.rng_of(seed), codecs.blocks(delta)
+    if feedback is None:
+        return memoryview(b"".join(codecs.encoded(values, codec, rng)))
+    return memoryview(b"".join(codecs.encoded_with_feedback(values, codec, rng, feedback.blocks(), feedback.keep)))
 
 
 def set_threads(threads: int | None) -> None:

@@ -22,7 +22,10 @@ class VersionRef:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Who a client is and what it can work on. `history` is the newest head that it was handed, if it was handed any."""
+    """Who a client is and what it can work on. `history` is the newest head that it was handed, if it was handed any.
+
+    `codecs` are its abilities to send an update in fewer bytes (`codecs.abilities`).
+    """
 
     protocol_version: int
     client: str
@@ -33,6 +36,7 @@ class Hello:
     examples: int
     software: str
     history: Head | None = None
+    codecs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +52,17 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One client's part in one round; `history` is where the coordinator's history stands."""
+    """One client's part in one round; `history` is where the coordinator's history stands.
+
+    `codec` names how an update is to be encoded (`codecs.parse`). It is not in the plan, which is the same for a whole round.
+    """
 
     id: str
     round: int
     version: VersionRef
     plan: Plan
     history: Head | None = None
+    codec: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +119,7 @@ FromCoordinator = Welcome | Assignment | Cancel | NewVersion | ComeBack
 class UploadHeader:
     """Announces the result of an assignment: `payload_bytes` bytes laid out as `kind` demands (federation.proto, PayloadKind).
 
-    `digest` is the payload's SHA-256; the chunks begin at byte `offset`.
+    `digest` is the payload's SHA-256; the chunks begin at byte `offset`. `codec` names how an update is encoded (`codecs.parse`).
     """
 
     assignment: str
@@ -123,6 +131,7 @@ class UploadHeader:
     work: tuple[Metric, ...]
     digest: bytes
     offset: int = 0
+    codec: str = ""
 
 
 class Verdict(enum.Enum):

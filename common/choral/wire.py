@@ -35,6 +35,7 @@ from choral.v1 import federation_pb2 as pb
 from choral.v1 import model_pb2 as mb
 
 WORDS = 500  # characters
+_ABILITIES = 32  # of a client that are looked at
 PROTOCOL_VERSION = 1
 CHUNK_BYTES = 1 << 20
 DIGEST_BYTES = 32
@@ -227,6 +228,7 @@ def from_client_to_pb(said: FromClient) -> pb.AttendRequest:
                 examples=said.examples,
                 software=said.software,
                 history=head_to_pb(said.history),
+                codecs=said.codecs,
             )
             return pb.AttendRequest(hello=hello)
         case Status():
@@ -252,9 +254,18 @@ def from_client_from_pb(message: pb.AttendRequest) -> FromClient:
                     "install the same release of Choral on both"
                 )
             task, version, software = brief(h.task), brief(h.task_version), brief(h.software)
-            manifest = manifest_from_pb(h.manifest)
+            manifest, abilities = manifest_from_pb(h.manifest), tuple(brief(name) for name in h.codecs[:_ABILITIES])
             return Hello(
-                h.protocol_version, h.client, brief(h.instance), task, version, manifest, h.examples, software, head_from_pb(h)
+                h.protocol_version,
+                h.client,
+                brief(h.instance),
+                task,
+                version,
+                manifest,
+                h.examples,
+                software,
+                head_from_pb(h),
+                abilities,
             )
         case "status":
             s = message.status
@@ -283,6 +294,7 @@ def from_coordinator_to_pb(said: FromCoordinator) -> pb.AttendResponse:
                 version=version_to_pb(said.version),
                 plan=plan_to_pb(said.plan),
                 history=head_to_pb(said.history),
+                codec=said.codec,
             )
             return pb.AttendResponse(assignment=assignment)
         case Cancel():
@@ -313,7 +325,8 @@ def from_coordinator_from_pb(message: pb.AttendResponse) -> FromCoordinator:
             return Welcome(brief(w.run), heartbeat_s, version_from_pb(w.version), brief(w.notice), head_from_pb(w))
         case "assignment":
             a = message.assignment
-            return Assignment(brief(a.id), a.round, version_from_pb(a.version), plan_from_pb(a.plan), head_from_pb(a))
+            plan, head = plan_from_pb(a.plan), head_from_pb(a)
+            return Assignment(brief(a.id), a.round, version_from_pb(a.version), plan, head, brief(a.codec))
         case "cancel":
             return Cancel(brief(message.cancel.assignment), brief(message.cancel.reason))
         case "new_version":
@@ -340,6 +353,7 @@ def header_to_pb(header: UploadHeader) -> pb.UploadHeader:
         work=metrics_to_pb(header.work),
         digest=header.digest,
         offset=header.offset,
+        codec=header.codec,
     )
 
 
@@ -357,6 +371,7 @@ def header_from_pb(message: pb.UploadHeader) -> UploadHeader:
         work=metrics_from_pb(message.work),
         digest=message.digest,
         offset=message.offset,
+        codec=brief(message.codec),
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from choral.codecs import negotiated
 from choral.errors import ConfigError, UnknownVersion
 from choral.messages import VersionRef
 from choral.metrics import Metric, weighted_mean
@@ -167,6 +168,10 @@ class Run:
     def plan_digest(self, kind: Kind, goal: int) -> bytes:
         """SHA-256 of what all clients of a round are asked."""
         return digest_of(self.plan(kind, goal, 0))
+
+    def codec(self, kind: Kind, offered: Collection[str]) -> str:
+        """How a client with these abilities encodes its result; empty: it sends no update, which alone is ever encoded."""
+        return negotiated(self.settings.compression.codec, offered).name if kind is Kind.TRAINING else ""
 
     def aggregate(self, kind: Kind) -> Aggregate:
         """An empty aggregate for a round of this kind."""

@@ -199,7 +199,16 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         finally:
             self._transfers.ended(header.client)
         return await collection.submit(
-            Upload(header.assignment, header.client, header.examples, header.held_out, header.work, header.digest, path)
+            Upload(
+                header.assignment,
+                header.client,
+                header.examples,
+                header.held_out,
+                header.work,
+                header.digest,
+                path,
+                header.payload_bytes,
+            )
         )
 
     async def _pieces(self, header: UploadHeader, requests: AsyncIterator[pb.UploadRequest]) -> AsyncIterator[bytes]:
