@@ -152,6 +152,8 @@ def _about(path: Path) -> About | None:
                 return None
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
             about = About(**json.loads(file.read(min(length, _LONGEST_BYTES))))
+            if type(about.size) is not int or about.size < 0:
+                return None
             whole = len(_MAGIC) + 2 * _LENGTH.size + length + 4 * about.size
             return about if path.stat().st_size == whole else None
     except (OSError, TypeError, ValueError, RecursionError, struct.error):

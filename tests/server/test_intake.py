@@ -17,9 +17,7 @@ from choral.statistics import Moments
 from choral_server.aggregate import entry_bound
 from choral_server.intake import MAX_EXAMPLES, Bounds, check_header, check_payload, payload_bytes
 
-HEADER = UploadHeader(
-    "run/3/alice", "alice", 202, Kind.TRAINING, "", Lengths(4000, 4000), (Metric("loss", 0.5, 20),), (), bytes(32)
-)
+HEADER = UploadHeader("run/3/alice", "alice", 202, Kind.TRAINING, 4000, (Metric("loss", 0.5, 20),), (), bytes(32))
 
 
 def test_how_long_a_payload_is() -> None:
