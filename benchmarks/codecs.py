@@ -5,8 +5,9 @@
 scikit-learn's digits (1 797 images of 8 × 8 pixels) are dealt to the clients; the model is the bundled 64 → 32 → 10 network
 of 2 410 parameters. For each codec and seed a coordinator and its clients, real processes over TLS, train for so many rounds.
 
-Bytes are those of the results' payloads, of one client and round on the average, as the coordinator has recorded them. Accuracy
-is the last version's on the test images that no client has, the mean over the seeds; a point is one image in a hundred.
+Bytes up are those of the results' payloads, of one client and round on the average, as the coordinator has recorded them; bytes
+down those of a version in the form that clients fetch, a header of some 600 bytes included, the mean over the rounds. Accuracy is
+the last version's on the test images that no client has, the mean over the seeds; a point is one image in a hundred.
 """
 
 from __future__ import annotations
@@ -40,14 +41,19 @@ CODECS: dict[str, dict[str, Any]] = {
     "topk": {"upload": "topk"},
     "topk+zstd": {"upload": "topk", "zstd": True},
     "topk 1 %": {"upload": "topk", "topk_share": 0.01},
+    "down bf16": {"download": "bf16"},
+    "down delta": {"download": "delta"},
+    "int8, bf16": {"upload": "int8", "download": "bf16"},
 }
+"""by name, run.compression"""
 
 
 @dataclass(frozen=True)
 class Found:
-    """One run: payload bytes of each accepted result, and accuracy of the last version."""
+    """One run: payload bytes of each accepted result, bytes in which each trained version is fetched, accuracy of the last one."""
 
     up_bytes: tuple[int, ...]
+    down_bytes: tuple[int, ...]
     accuracy: float
 
 
@@ -58,23 +64,28 @@ async def measure(compression: Mapping[str, Any], options: argparse.Namespace, s
     async with federation(TASK, run, evaluation=evaluation) as here:
         await here.start_clients(options.clients, data=[dealt[name] for name in names(options.clients)])
         sent: dict[str, int] = {}
+        fetched: dict[int, int] = {}
         accuracy: dict[int, float] = {}
         with suppress(Unreachable):  # the coordinator ends when the run is over
             async with here.operator.stub() as admin:
                 async for change in admin.Watch(pb.WatchRequest()):
-                    take(change, sent, accuracy)
+                    take(change, sent, fetched, accuracy)
     if len(sent) != options.rounds * options.clients or not accuracy:
         raise ChoralError(f"{len(sent)} results were seen of {options.rounds} rounds and {options.clients} clients")
-    return Found(tuple(sent.values()), accuracy[max(accuracy)])
+    trained = [fetched[number] for number in sorted(fetched)[-options.rounds :]]  # not the initial weights, nor the statistics
+    return Found(tuple(sent.values()), tuple(trained), accuracy[max(accuracy)])
 
 
-def take(change: pb.WatchResponse, sent: dict[str, int], accuracy: dict[int, float]) -> None:
-    """Note what an accepted result weighed, and how good a version is."""
+def take(change: pb.WatchResponse, sent: dict[str, int], fetched: dict[int, int], accuracy: dict[int, float]) -> None:
+    """Note what an accepted result weighs, and a version in the form in which clients that attend fetch it, and how good it is."""
     if change.WhichOneof("change") == "round" and change.round.kind == KINDS[Kind.TRAINING]:
         if change.round.state == pb.ROUND_STATE_ABANDONED:
             raise ChoralError(f"round {change.round.number} was abandoned: {change.round.reason}")
         sent.update({part.assignment: part.payload_bytes for part in change.round.parts if part.state == "accepted"})
     if change.WhichOneof("change") == "version":
+        version = change.version.version
+        if version.number not in fetched:  # as it was published
+            fetched[version.number] = min([version.size_bytes, *(form.size_bytes for form in version.forms)])
         found = {metric.name: metric.value for metric in change.version.test}
         if "accuracy" in found:
             accuracy[change.version.version.number] = found["accuracy"]
@@ -101,9 +112,15 @@ async def compare(options: argparse.Namespace, advance: Callable[[], None]) -> l
 
 def row(name: str, found: Sequence[Found]) -> dict[str, Any]:
     """What was found with one codec."""
-    up = np.concatenate([one.up_bytes for one in found])
+    up, down = (np.concatenate([getattr(one, which) for one in found]) for which in ("up_bytes", "down_bytes"))
     accuracies = [one.accuracy for one in found]
-    return {"codec": name, "up_bytes": float(up.mean()), "accuracy": float(np.mean(accuracies)), "accuracies": accuracies}
+    return {
+        "codec": name,
+        "up_bytes": float(up.mean()),
+        "down_bytes": float(down.mean()),
+        "accuracy": float(np.mean(accuracies)),
+        "accuracies": accuracies,
+    }
 
 
 def against(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -115,6 +132,7 @@ def against(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         one
         | {
             "up_to_float32": one["up_bytes"] / plain["up_bytes"],
+            "down_to_float32": one["down_bytes"] / plain["down_bytes"],
             "points_lost": 100 * (plain["accuracy"] - one["accuracy"]),
         }
         for one in rows
@@ -141,11 +159,12 @@ def tell(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
         print(json.dumps(rows))
         return
     print(f"digits, 2 410 parameters, {options.clients} clients, {options.rounds} rounds, seeds: {options.seeds}")
-    print(f"{'codec':14} {'bytes up':>9} {'to float32':>10} {'accuracy':>9} {'points lost':>11}")
+    print(f"{'codec':14} {'bytes up':>9} {'':>7} {'bytes down':>10} {'':>7} {'accuracy':>9} {'points lost':>11}")
     for one in rows:
-        ratio = f"{one['up_to_float32']:10.3f}" if "up_to_float32" in one else f"{'':10}"
+        up, down = (f"{one[ratio]:6.3f}×" if ratio in one else f"{'':7}" for ratio in ("up_to_float32", "down_to_float32"))
         lost = f"{one['points_lost']:11.2f}" if "points_lost" in one else ""
-        print(f"{one['codec']:14} {one['up_bytes']:9.0f} {ratio} {100 * one['accuracy']:8.2f}% {lost}")
+        transfers = f"{one['up_bytes']:9.0f} {up} {one['down_bytes']:10.0f} {down}"
+        print(f"{one['codec']:14} {transfers} {100 * one['accuracy']:8.2f}% {lost}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from choral.errors import Declined
 from choral.flat import DTYPES
+from choral.forms import rounded_names
 from choral.manifest import Manifest
 from choral.wire import brief
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,7 @@ class Expected:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
+        self.rounded = rounded_names(manifest)
         self._told = {entry.name: f"{entry.dtype} {list(entry.shape)}" for entry in manifest.entries}
 
     @property

@@ -258,15 +258,12 @@ class Zstd:
 
     def encode(self, values: Vector, rng: Rng) -> bytes:
         """One frame that tells its content's size."""
-        content = np.frombuffer(self.inner.encode(values, rng), np.uint8)
-        planes = content.reshape(-1, self.inner.item_bytes).T.tobytes()
-        return bytes(_zstandard().ZstdCompressor(level=_LEVEL).compress(planes))
+        return compressed(np.frombuffer(self.inner.encode(values, rng), np.uint8), self.inner.item_bytes)
 
     def decode(self, data: bytes | memoryview, count: int) -> Vector:
         """Raises InvalidMessage: it is no frame, or says that it holds, or holds, more than the inner one can have made."""
-        planes = _decompressed(data, self.inner.block_bytes(count), exactly=self.inner.fixed)
-        content = np.frombuffer(planes, np.uint8).reshape(self.inner.item_bytes, -1).T.tobytes()
-        return self.inner.decode(content, count)
+        most, item_bytes = self.inner.block_bytes(count), self.inner.item_bytes
+        return self.inner.decode(decompressed(data, most, item_bytes, exactly=self.inner.fixed), count)
 
 
 FLOAT32 = Float32()
@@ -418,8 +415,14 @@ def _zstandard() -> ModuleType:
     return zstandard
 
 
-def _decompressed(data: bytes | memoryview, most: int, exactly: bool) -> bytes:
-    """What one Zstandard frame holds, if that is at most `most` bytes, as it must say itself. Raises InvalidMessage."""
+def compressed(content: NDArray[np.uint8], item_bytes: int) -> bytes:
+    """One Zstandard frame that tells its content's size: the first byte of each item, then the second, …"""
+    planes = content.reshape(-1, item_bytes).T.tobytes()
+    return bytes(_zstandard().ZstdCompressor(level=_LEVEL).compress(planes))
+
+
+def decompressed(data: bytes | memoryview, most: int, item_bytes: int, *, exactly: bool) -> bytes:
+    """The inverse, if it gives at most `most` bytes, or just as many, as the frame must say itself. Raises InvalidMessage."""
     zstandard = _zstandard()
     try:
         told = zstandard.frame_content_size(data)  # the library would make room for whatever the frame says
@@ -430,4 +433,4 @@ def _decompressed(data: bytes | memoryview, most: int, exactly: bool) -> bytes:
         raise InvalidMessage(f"no Zstandard frame ({str(error)[:100]})") from error
     if len(content) != told:
         raise InvalidMessage(f"a Zstandard frame of {len(content)} bytes that says that it holds {told}")
-    return content
+    return np.frombuffer(content, np.uint8).reshape(item_bytes, -1).T.tobytes()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from choral.heads import Head
 from choral.manifest import Manifest
@@ -12,12 +12,26 @@ from choral.plan import Kind, Plan
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """Another file in which a version can be fetched (`forms`); `digest` is the SHA-256 of the checkpoint file that is made of it.
+
+    `base` is that of the checkpoint file which must be at hand; empty: none.
+    """
+
+    name: str
+    size_bytes: int
+    digest: bytes
+    base: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class VersionRef:
-    """A version as it is announced: its number, and the SHA-256 and length (bytes) of its checkpoint file."""
+    """A version as it is announced: its number, and the SHA-256 and length (bytes) of its checkpoint file; `forms` come and go."""
 
     number: int
     digest: bytes
     size_bytes: int
+    forms: tuple[Form, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

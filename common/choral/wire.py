@@ -16,6 +16,7 @@ from choral.messages import (
     Assignment,
     Cancel,
     ComeBack,
+    Form,
     FromClient,
     FromCoordinator,
     Heartbeat,
@@ -35,7 +36,7 @@ from choral.v1 import federation_pb2 as pb
 from choral.v1 import model_pb2 as mb
 
 WORDS = 500  # characters
-_ABILITIES = 32  # of a client that are looked at
+_ABILITIES, _FORMS = 32, 8  # of a client, and of a version, that are looked at
 PROTOCOL_VERSION = 1
 CHUNK_BYTES = 1 << 20
 DIGEST_BYTES = 32
@@ -169,7 +170,8 @@ def plan_from_pb(message: pb.Plan) -> Plan:
 
 def version_to_pb(version: VersionRef) -> mb.ModelVersion:
     """To protobuf."""
-    return mb.ModelVersion(number=version.number, digest=version.digest, size_bytes=version.size_bytes)
+    forms = [mb.VersionForm(name=f.name, size_bytes=f.size_bytes, digest=f.digest, base=f.base) for f in version.forms]
+    return mb.ModelVersion(number=version.number, digest=version.digest, size_bytes=version.size_bytes, forms=forms)
 
 
 def version_from_pb(message: mb.ModelVersion) -> VersionRef:
@@ -180,7 +182,8 @@ def version_from_pb(message: mb.ModelVersion) -> VersionRef:
         )
     if message.size_bytes < 0:
         raise InvalidMessage(f"version {message.number} is announced with {message.size_bytes} bytes")
-    return VersionRef(message.number, message.digest, message.size_bytes)
+    forms = tuple(Form(brief(f.name), f.size_bytes, f.digest, f.base) for f in message.forms[:_FORMS])
+    return VersionRef(message.number, message.digest, message.size_bytes, forms)
 
 
 def metrics_to_pb(metrics: Iterable[Metric]) -> list[mb.Metric]:

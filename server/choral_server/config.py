@@ -120,7 +120,7 @@ class TrainingChanges(Settings):
 
 
 class Compression(Settings):
-    """In how few bytes updates are sent. A client that cannot do it, sends them as they are."""
+    """In how few bytes updates and versions are sent. Who cannot do it sends and fetches them as they are."""
 
     upload: Literal["none", "bf16", "int8", "topk"] = "none"
     """how clients encode updates: none, 4 bytes an element; bf16, 2; int8, a little more than 1; topk, the largest elements only,
@@ -129,6 +129,11 @@ class Compression(Settings):
     """for upload: topk, the share of the elements that is sent; 0.05, if not given"""
     zstd: bool = False
     """compress what upload gives with Zstandard, which changes no number; needs the extra choral[compression]"""
+
+    download: Literal["none", "bf16", "delta"] = "none"
+    """in what clients fetch versions: none, the checkpoint file; bf16, rounded to half as many bytes, from which they then train;
+    delta, the difference to the version before, which changes no bit, for those that have that version; needs the extra
+    choral[compression]"""
 
     @property
     def codec(self) -> Codec:
@@ -141,7 +146,8 @@ class Compression(Settings):
     def _used(self) -> Self:
         if self.topk_share is not None and self.upload != "topk":
             raise ValueError(f"topk_share is for upload: topk, and upload is {self.upload}: remove one of them")
-        if missing := self.codec.abilities - set(abilities()):
+        wanted = self.codec.abilities | ({"zstd"} if self.download == "delta" else set())
+        if missing := wanted - set(abilities()):
             raise ValueError(f"{', '.join(sorted(missing))} needs the extra compression: pip install 'choral[compression]'")
         return self
 
@@ -192,7 +198,7 @@ class RunSettings(Settings):
     objective: Objective = Objective()
     """which version is best, and early stopping"""
     compression: Compression = Compression()
-    """in how few bytes updates are sent"""
+    """in how few bytes updates and versions are sent"""
 
     @property
     def needed(self) -> int:

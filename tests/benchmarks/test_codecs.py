@@ -24,5 +24,6 @@ def test_bytes_and_accuracy_of_each_codec_are_printed(as_json: bool) -> None:
     plain, small = json.loads(ran.stdout)
     assert (plain["up_bytes"], small["up_bytes"]) == (4 * 2410, 2410 + 4 * 10)
     assert small["up_to_float32"] <= 0.27
+    assert small["down_to_float32"] == 1
     assert small["points_lost"] == pytest.approx(100 * (plain["accuracy"] - small["accuracy"]))
     assert 0 < small["accuracy"] <= 1

@@ -32,6 +32,7 @@ from choral.messages import (
     Assignment,
     Cancel,
     ComeBack,
+    Form,
     FromClient,
     FromCoordinator,
     Heartbeat,
@@ -157,7 +158,7 @@ class Coordinator:
         finally:
             stream.closed.set()
 
-    async def download(self, version: VersionRef, offset: int) -> AsyncGenerator[bytes, None]:
+    async def download(self, version: VersionRef, offset: int, form: Form | None = None) -> AsyncGenerator[bytes, None]:
         self.downloads.append(version.number)
         if self.broken_downloads > 0:
             self.broken_downloads -= 1

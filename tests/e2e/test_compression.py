@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import signal
+from collections.abc import Callable
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from choral import codecs
+from choral.flat import describe
+from choral.forms import halved, patched, restored
+from choral.v1 import federation_pb2
+from choral.wire import manifest_to_pb
 from choral_server import failpoints
 from e2e import exact
 from e2e.federation import Federation
-from e2e.scripted import Scripted, hello, pieces
+from e2e.scripted import Scripted, hello, pieces, refusal
 from e2e.zygote import Zygote
+from safetensors.torch import load
+from torch import nn
 
 ROUNDS = 4
 TOPK = {"compression": {"upload": "topk", "topk_share": 0.2, "zstd": True}}
@@ -97,3 +107,79 @@ def test_a_client_dies_at_work_and_starts_again_from_the_same_residual(
     alice = exact.start_client(quick, "alice")
     assert [process.code() for process in (coordinator, alice, bob)] == [0, 0, 0]
     assert exact.outcome(quick) == calm
+
+
+WIDE_TASK = """
+from dataclasses import replace
+from torch import nn
+import small
+
+task = replace(small.task, name="wide", model=lambda: nn.Sequential(nn.Linear(2, 800), nn.ReLU(), nn.Linear(800, 1)))
+"""
+
+
+def trained(federation: Federation, download: str) -> dict[str, Any]:
+    """What comes out of three rounds."""
+    task = federation.write_task(WIDE_TASK, "wide")
+    run = {"rounds": 3, "training": {"learning_rate": 1e-5}, "compression": {"download": download}}
+    coordinator = federation.coordinator(task=task, run=run, evaluation={"clients": False})
+    clients = [federation.client(name, task=task) for name in ("alice", "bob")]
+    assert [process.code() for process in (coordinator, *clients)] == [0, 0, 0]
+    for client in clients:
+        assert "fetched whole instead" not in client.stderr
+    found = exact.outcome(federation)
+    return found | {"files": {name: digest for name, digest in found["files"].items() if not name.endswith(".form")}}
+
+
+@pytest.fixture
+def model_of(quick: Federation) -> Callable[[str], bytes]:
+    return lambda name: (quick.folder / name / "client" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str, Any]:
+    """What comes out when versions are fetched as they are."""
+    with Federation(tmp_path_factory.mktemp("whole"), zygote=zygote) as federation:
+        return trained(federation, "none")
+
+
+def test_a_delta_changes_no_bit(quick: Federation, whole: dict[str, Any], model_of: Callable[[str], bytes]) -> None:
+    assert trained(quick, "delta") == whole
+    assert model_of("alice") == model_of("bob") == quick.latest
+    (form,) = quick.versions.glob(".*.form")
+    assert form.name == ".000003.delta.form"
+    assert form.stat().st_size < 0.9 * len(quick.latest)
+    base = (quick.versions / "000002.safetensors").read_bytes()
+    assert b"".join(patched(io.BytesIO(form.read_bytes()), io.BytesIO(base))) == quick.latest
+
+
+def test_bf16_is_half_and_what_clients_then_have(
+    quick: Federation, whole: dict[str, Any], model_of: Callable[[str], bytes]
+) -> None:
+    assert trained(quick, "bf16")["files"]["000000.safetensors"] == whole["files"]["000000.safetensors"]
+    names = frozenset(load(quick.latest))
+    rounded = b"".join(restored(io.BytesIO(b"".join(halved(io.BytesIO(quick.latest), names))), names))
+    assert model_of("alice") == model_of("bob") == rounded != quick.latest
+    (form,) = quick.versions.glob(".*.form")
+    assert form.name == ".000003.bf16.form"
+    assert form.stat().st_size < 0.6 * len(quick.latest)
+
+
+def test_who_knows_of_no_form_fetches_the_version(quick: Federation) -> None:
+    task = quick.write_task(WIDE_TASK, "wide")
+    quick.coordinator(task=task, run={"compression": {"download": "bf16"}}, exit_when_done=False)
+    manifest = manifest_to_pb(describe(nn.Sequential(nn.Linear(2, 800), nn.ReLU(), nn.Linear(800, 1))))
+    with Scripted(quick, hello("bob", task="wide", manifest=manifest)) as bob:
+        version = bob.hear("welcome").version
+        content = b"".join(response.chunk.data for response in bob.download(version.number))
+        assert hashlib.sha256(content).digest() == version.digest
+        (form,) = version.forms
+        assert (form.name, form.size_bytes < version.size_bytes) == ("bf16", True)
+        request = federation_pb2.DownloadRequest(version=version.number, form="bf16")
+        fetched = b"".join(response.chunk.data for response in bob.stub.Download(request))
+        assert len(fetched) == form.size_bytes
+        for name in ("delta", "../../../choral", "x" * 5000):
+            request = federation_pb2.DownloadRequest(version=version.number, form=name)
+            with pytest.raises(grpc.RpcError) as refused:
+                list(bob.stub.Download(request))
+            assert refusal(refused.value)[1] == "UnknownVersion"

@@ -540,26 +540,30 @@ class DownloadRequest(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
     CLIENT_FIELD_NUMBER: builtins.int
+    FORM_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Number of the version."""
     offset: builtins.int
-    """Where to begin in the checkpoint file. Unit: bytes."""
+    """Where to begin in the file. Unit: bytes."""
     client: builtins.str
     """Name of the client that fetches it, so that a download that advances is not taken for a client that stands still."""
+    form: builtins.str
+    """Name of the form to fetch, of ModelVersion.forms; empty: the checkpoint file."""
     def __init__(
         self,
         *,
         version: builtins.int = ...,
         offset: builtins.int = ...,
         client: builtins.str = ...,
+        form: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["client", b"client", "offset", b"offset", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "form", b"form", "offset", b"offset", "version", b"version"]) -> None: ...
 
 global___DownloadRequest = DownloadRequest
 
 @typing.final
 class DownloadResponse(google.protobuf.message.Message):
-    """A piece of the checkpoint file."""
+    """A piece of the file."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
