@@ -1,15 +1,19 @@
-"""Updates that were made small: what a coordinator decodes of a client's payload."""
+"""What was made small: updates, as a coordinator decodes them, and forms of a version, as a client does."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 import zstandard
 from choral import codecs
 from choral.errors import InvalidMessage
+from choral.forms import difference, halved, patched, restored
 from fuzz.target import Target, in_memory
+from safetensors.torch import save
 
 SIZE = codecs.BLOCK + 300  # a whole block and a piece of one
 FEW = 700
@@ -69,7 +73,50 @@ def name_decoded(data: bytes) -> None:
     assert codecs.parse(name).name == name or not name or name.startswith("topk:")
 
 
+BASE, NEXT = (save({"w": torch.linspace(-1, 1, 500) + step, "n": torch.arange(3)}) for step in (0.0, 1e-3))
+
+
+def from_bf16(data: bytes) -> None:
+    """A version's file from the form bf16."""
+    assert sum(map(len, restored(io.BytesIO(data), {"w"}))) <= 2 * len(data)
+
+
+def from_delta(data: bytes) -> None:
+    """A version's file from the form delta, for a client that has a base."""
+    assert sum(map(len, patched(io.BytesIO(data), io.BytesIO(BASE)))) <= len(data) + len(BASE)
+
+
+def headers_hostile() -> list[bytes]:
+    """Headers of tensors that cannot be."""
+    entries: list[object] = [5, [], {}, {"dtype": "F32"}, {"dtype": [], "data_offsets": [0, 4]}]
+    offsets: list[object] = [[0], [0, 2**70], [0, "4"], [4, 0], [0, True], {"a": 1}, [[0], [4]], None]
+    entries += [{"dtype": "F32", "data_offsets": told} for told in offsets]
+    headers = [json.dumps({"w": entry}).encode() for entry in entries]
+    headers += [b"[" * 60_000, b"[]", b"null", b"5", b'{"w": ' * 20_000, b"\xff"]
+    return [len(header).to_bytes(8, "little") + header + bytes(16) for header in headers] + [b"\xff" * 8, b"\xff" * 7 + b"\x7f{}"]
+
+
 TARGETS = [
+    Target(
+        "version as bf16",
+        in_memory(from_bf16),
+        lambda: [b"".join(halved(io.BytesIO(NEXT), {"w"}))],
+        (InvalidMessage,),
+        (b'"data_offsets":[', b'"dtype":"F32"'),
+        memory_bytes=16 << 20,
+        told=400,
+        hostile=headers_hostile,
+    ),
+    Target(
+        "version as delta",
+        in_memory(from_delta),
+        lambda: [b"".join(difference(io.BytesIO(NEXT), io.BytesIO(BASE)))],
+        (InvalidMessage,),
+        (b'"data_offsets":[', b"\x28\xb5\x2f\xfd"),
+        memory_bytes=16 << 20,
+        told=400,
+        hostile=headers_hostile,
+    ),
     *(
         Target(
             f"payload as {name}",
