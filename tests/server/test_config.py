@@ -275,7 +275,7 @@ def test_what_cannot_work_is_refused_with_the_cure(changes: dict[str, Any], told
         {"run.max_update_norm": 1e-9},
         {"run.max_update_norm": 1e-9, "run.compression": {"upload": "int8", "zstd": True}},
         {"run.compression": {"upload": "topk", "topk_share": 0.01}},
-        {"run.compression": {"zstd": True}},
+        {"run.compression": {"zstd": True, "download": "delta"}},
         {"lease_s": 1, "spool_bytes": 0, "database": "sqlite://", "artifacts": "s3://bucket/prefix"},
     ],
 )
@@ -315,4 +315,7 @@ def test_what_needs_a_package_that_is_not_there_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"zstd needs the extra compression: pip install 'choral\[compression\]'"):
         _config({"run.compression": {"upload": "int8", "zstd": True}})
-    assert _config({"run.compression": {"upload": "int8"}}).run.compression.codec.name == "int8"
+    with pytest.raises(ConfigError, match="zstd needs the extra compression"):
+        _config({"run.compression.download": "delta"})
+    settings = _config({"run.compression": {"upload": "int8", "download": "bf16"}}).run.compression
+    assert (settings.codec.name, settings.download) == ("int8", "bf16")
