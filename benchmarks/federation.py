@@ -87,15 +87,18 @@ class Federation:
         self._coordinator = self._processes.create_task(_succeed(coordinator))
         self.address = await ready
 
-    async def start_clients(self, count: int, address: str = "") -> None:
-        """Start so many more; they reach the coordinator at its own address, if no other is given."""
+    async def start_clients(self, count: int, address: str = "", data: Sequence[Path] = ()) -> None:
+        """Start so many more; they reach the coordinator at its own address, if no other is given.
+
+        `data` are shards of their own, by number; without, they share one.
+        """
         for number in range(len(self.clients), len(self.clients) + count):
             name = _client(number)
             options = {
                 "--name": name,
                 "--server": address or self.address,
                 "--task": self._task,
-                "--data": self.folder / "shard.csv",
+                "--data": data[number] if data else self.folder / "shard.csv",
                 "--state": self.folder / name,
                 "--holdout": 0,
                 "--threads": 1,

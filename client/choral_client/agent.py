@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import random
 import threading
 import time
 from collections.abc import Coroutine
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BufferedIOBase
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from choral.codecs import Codec, abilities, parse
 from choral.errors import ChoralError, Declined, InvalidMessage, NameTaken, Unreachable
 from choral.heads import Head
 from choral.messages import (
@@ -33,6 +35,7 @@ from choral.messages import (
     VersionRef,
     Welcome,
 )
+from choral.plan import Kind
 from choral.wire import brief
 
 from choral_client.backoff import CAP_S, Patience, full_jitter
@@ -43,6 +46,7 @@ from choral_client.heads import Heads
 from choral_client.model_file import ModelFile
 from choral_client.outbox import Outbox, Parcel
 from choral_client.oversight import Oversight
+from choral_client.residual import About, Feedback, Residual
 from choral_client.thread import WorkThread
 from choral_client.train import Stopped
 from choral_client.transport import Attendance, Payload, Transport
@@ -105,7 +109,11 @@ class Agent:
         self._longest_pause_s = longest_pause_s
         self._models = ModelFile(transport, state, self._patience, work.expected)
         self._outbox = Outbox(state / "outbox")
-        self._deliveries = Deliveries(transport, self._outbox, self._patience, self._report, self._oversight.permit_sending)
+        self._residual = Residual(state)
+        self._deliveries = Deliveries(
+            transport, self._outbox, self._patience, self._report, self._oversight.permit_sending, self._residual.settle
+        )
+        self._run = ""
         self._stream: Attendance | None = None
         self._status: Status | None = None
         self._welcomed = False
@@ -172,7 +180,7 @@ class Agent:
         raise Unreachable("the coordinator ended the stream without a farewell")
 
     def _welcome(self, welcome: Welcome) -> None:
-        self._welcomed, self._failures = True, 0
+        self._welcomed, self._failures, self._run = True, 0, welcome.run
         log.info("attending", run=welcome.run, version=welcome.version.number)
         self._look_at_history(welcome.history)
         self._diary.write("attending", run=welcome.run)
@@ -243,6 +251,7 @@ class Agent:
         """Ask the guard before anything is done. Raises Declined; what an earlier start has saved is then not sent either."""
         try:
             self._work.check(assignment.plan)
+            _codec(assignment)
             await asyncio.to_thread(self._oversight.admit, assignment.plan)
         except Declined:
             self._deliveries.withdraw(assignment.id)
@@ -253,6 +262,8 @@ class Agent:
         if not self._models.holds(assignment.version):
             await self._report(Status(assignment.id, Phase.DOWNLOADING))
         checkpoint = await self._checkpoint(assignment)
+        if _codec(assignment).sparse:
+            await self._deliveries.settled()  # what is left to be sent depends on what became of the last update
         telling = asyncio.create_task(self._tell_of_work(assignment))
         try:
             return await self._thread.do(partial(self._work_and_save, assignment, checkpoint, stop))
@@ -267,8 +278,9 @@ class Agent:
     def _work_and_save(self, assignment: Assignment, checkpoint: BufferedIOBase, stop: threading.Event) -> tuple[Parcel, Payload]:
         if stop.is_set():  # other work was under way until now
             raise Stopped
-        with checkpoint, self._oversight.watching(assignment.plan, stop):
-            result = self._work.do(assignment.plan, checkpoint, stop)
+        codec = _codec(assignment)
+        with checkpoint, self._oversight.watching(assignment.plan, stop), self._feedback(assignment, codec) as feedback:
+            result = self._work.do(assignment.plan, checkpoint, stop, codec, feedback)
             header = UploadHeader(
                 assignment=assignment.id,
                 client=self._hello.client,
@@ -278,10 +290,19 @@ class Agent:
                 held_out=result.held_out,
                 work=result.work,
                 digest=b"",
+                codec=assignment.codec,
             )
             if stop.is_set():
                 raise Stopped
             return self._outbox.save(Parcel(header, assignment.round), result.payload)
+
+    def _feedback(self, assignment: Assignment, codec: Codec) -> AbstractContextManager[Feedback | None]:
+        if not codec.sparse or assignment.plan.kind is not Kind.TRAINING:
+            return nullcontext()
+        hello, head = self._hello, self._heads.newest
+        whose = repr((self._run, head.key if head is not None else b"", hello.task, hello.task_version, hello.manifest))
+        about = About(hashlib.sha256(whose.encode()).hexdigest(), assignment.id, hello.manifest.size)
+        return self._residual.feedback(about, self._outbox.__contains__)
 
     async def _checkpoint(self, assignment: Assignment) -> BufferedIOBase:
         """What the work starts from, however long the link is broken, as long as the guard allows it."""
@@ -339,3 +360,14 @@ class Agent:
                 await asyncio.sleep(heartbeat_s)
                 self._diary.write("working" if self._job is not None and self._job.goes_on else "attending")
                 await stream.say(Heartbeat())
+
+
+def _codec(assignment: Assignment) -> Codec:
+    """How the update is to be encoded. Raises Declined: this release cannot."""
+    try:
+        codec = parse(assignment.codec)
+    except InvalidMessage as error:
+        raise Declined(str(error)) from error
+    if missing := codec.abilities.difference(abilities()):
+        raise Declined(f"asked for an update as {codec.name}, and {', '.join(sorted(missing))} was not offered: attend again")
+    return codec

@@ -9,6 +9,7 @@ import signal
 
 import structlog
 from choral import __version__
+from choral.codecs import abilities
 from choral.errors import ConfigError
 from choral.messages import Hello
 from choral.task import load_task
@@ -54,6 +55,7 @@ async def attend(config: ClientConfig) -> None:
         manifest=work.manifest,
         examples=shard.size,
         software=__version__,
+        codecs=abilities(),
     )
     transport = GrpcTransport(str(known.server), known.credentials, known.name)
     agent = Agent(

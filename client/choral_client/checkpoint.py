@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from choral.errors import Declined
 from choral.flat import DTYPES
+from choral.forms import rounded_names
 from choral.manifest import Entry, Manifest
 from choral.wire import brief
 from torch import Tensor
@@ -56,6 +57,7 @@ class Expected:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
+        self.rounded = rounded_names(manifest)
         self._told = {entry.name: f"{entry.dtype} {list(entry.shape)}" for entry in manifest.entries}
         self._tensor_bytes = sum(entry.size * _TYPES[entry.dtype].itemsize for entry in manifest.entries)
         self._most_header_bytes = _HEADER_BYTES + _ENTRY_BYTES * len(manifest.entries)

@@ -23,7 +23,8 @@ class Deliveries:
     """The results on their way, one task each, and at most as many as the outbox keeps.
 
     `report` tells the coordinator how an assignment goes, if it can hear. `permit` asks the device's guard before each attempt to
-    send, and raises Declined: the result is then forgotten, and not kept for a moment that the guard allows.
+    send, and raises Declined: the result is then forgotten, and not kept for a moment that the guard allows. `on_receipt` is
+    called, in a thread, with what the coordinator says became of an assignment's result, before that is forgotten.
     """
 
     def __init__(
@@ -33,12 +34,14 @@ class Deliveries:
         patience: Patience,
         report: Callable[[Status], Awaitable[None]],
         permit: Callable[[], None],
+        on_receipt: Callable[[str, Verdict], None] = lambda assignment, verdict: None,
     ) -> None:
         self._transport = transport
         self._outbox = outbox
         self._patience = patience
         self._report = report
         self._permit = permit
+        self._on_receipt = on_receipt
         self._under_way: dict[str, asyncio.Task[bool]] = {}
 
     async def send(self, parcel: Parcel, payload: Payload) -> None:
@@ -55,6 +58,12 @@ class Deliveries:
         """Begin to send whatever an earlier stream, or an earlier start of this client, has left."""
         for assignment in await asyncio.to_thread(self._outbox.assignments):
             self._begin(assignment, self._settle_saved(assignment))
+
+    async def settled(self) -> None:
+        """Wait until whatever is here to be sent has its receipt, or is forgotten, however long the link is broken."""
+        await self.offer_saved()
+        if self._under_way:
+            await asyncio.wait(list(self._under_way.values()))
 
     def withdraw(self, assignment: str) -> bool:
         """Forget a result. Returns whether there was one."""
@@ -117,6 +126,7 @@ class Deliveries:
             await self._report(Status(header.assignment, Phase.DECLINED, f"{type(error).__name__}: {error}"))
         else:
             told = log.info if receipt.verdict in (Verdict.ACCEPTED, Verdict.DUPLICATE) else log.warning
+            await asyncio.to_thread(self._on_receipt, header.assignment, receipt.verdict)
             measured = {metric.name: round(metric.value, 4) for metric in (*header.work, *header.held_out)}
             told("sent", round=parcel.round, verdict=receipt.verdict.value, reason=receipt.reason, **measured)
         self._outbox.remove(header.assignment)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from io import BufferedIOBase
 from pathlib import Path
 
 import structlog
 from choral.arrival import Arrival
-from choral.errors import ChoralError, CorruptTransfer, Declined, Unreachable
-from choral.messages import VersionRef
+from choral.codecs import abilities
+from choral.durable import write_all
+from choral.errors import ChoralError, CorruptTransfer, Declined, InvalidMessage, Unreachable
+from choral.forms import BF16, DELTA, patched, restored
+from choral.messages import Form, VersionRef
+from choral.wire import brief
 
 from choral_client.backoff import Patience
 from choral_client.checkpoint import Expected
@@ -65,27 +69,47 @@ class ModelFile:
                 self._looked = True
                 self._held = await asyncio.to_thread(self._kept, version)
             if self._held != version or not self._path.exists():
-                await self._patiently(version)
+                await self._in_some_form(version)
                 self._held = version
             return self._path.open("rb")  # and it stays what it is when the next version takes the place of this one
 
     def _kept(self, version: VersionRef) -> VersionRef | None:
-        """This version, if an earlier start of this client has left it."""
+        """This version, if an earlier start of this client has left it, or what is made of one of its forms."""
         with suppress(OSError):
             if self._path.stat().st_size == version.size_bytes:
-                with self._path.open("rb") as file:
-                    return version if hashlib.file_digest(file, "sha256").digest() == version.digest else None
+                wanted = {version.digest, *(form.digest for form in version.forms if form.name == BF16)}
+                return version if _digest_of(self._path) in wanted else None
         return None
 
-    async def _patiently(self, version: VersionRef) -> None:
-        part = self._folder / f"model.{version.digest.hex()[:16]}.part"
+    async def _in_some_form(self, version: VersionRef) -> None:
+        for form in version.forms:
+            if not 0 < form.size_bytes < version.size_bytes or not await asyncio.to_thread(self._can_use, form):
+                continue
+            try:
+                await self._patiently(version, form)
+                return
+            except (Unreachable, Declined):
+                raise
+            except ChoralError as error:
+                log.warning("fetched whole instead", version=version.number, form=form.name, reason=brief(str(error)))
+        await self._patiently(version)
+
+    def _can_use(self, form: Form) -> bool:
+        if form.name == DELTA and "zstd" in abilities():
+            with suppress(OSError):
+                return _digest_of(self._path) == form.base
+        return form.name == BF16
+
+    async def _patiently(self, version: VersionRef, form: Form | None = None) -> None:
+        kind = f"{form.name}." if form is not None else ""
+        part = self._folder / f"model.{version.digest.hex()[:16]}.{kind}part"
         failures = 0
         while True:
             before = _size(part)
             try:
                 if self._offered == version:
                     return self._take(self._offered, part)
-                return await self._fetch(version, part)
+                return await self._fetch(version, part, form)
             except OSError as error:
                 raise Declined(
                     f"version {version.number} cannot be kept in {self._folder} ({error.strerror}): "
@@ -104,32 +128,53 @@ class ModelFile:
         self._offered = None
         self._remove_others(part)
         part.write_bytes(offered.content)
-        self._complete(part, hashlib.sha256(offered.content).digest(), offered)
+        self._complete(part, hashlib.sha256(offered.content).digest(), offered.digest, offered.number)
 
-    async def _fetch(self, version: VersionRef, part: Path) -> None:
+    async def _fetch(self, version: VersionRef, part: Path, form: Form | None) -> None:
         """One attempt, from where the last one ended."""
         self._remove_others(part)
-        have = _size(part)
-        if have > version.size_bytes:
+        have, size_bytes = _size(part), version.size_bytes if form is None else form.size_bytes
+        if have > size_bytes:
             part.unlink()
             have = 0
         arrival = Arrival(part, have)
         try:
-            async with aclosing(self._transport.download(version, have)) as pieces:
+            async with aclosing(self._transport.download(version, have, form)) as pieces:
                 async for piece in pieces:
                     await arrival.add(piece)
             _, digest = await arrival.whole()
         finally:
             await arrival.close()
-            if _size(part) == 0 < version.size_bytes:
+            if _size(part) == 0 < size_bytes:
                 part.unlink(missing_ok=True)
-        self._complete(part, digest, version)
-
-    def _complete(self, part: Path, digest: bytes, version: VersionRef) -> None:
-        """Put the file in place of the last model, if it is the version; otherwise delete it."""
+        if form is None:
+            return self._complete(part, digest, version.digest, version.number)
         try:
-            if digest != version.digest:
-                raise CorruptTransfer(f"version {version.number} arrived with another digest than was announced: fetch it again")
+            made, digest = await asyncio.to_thread(self._make, part, form)
+            self._complete(made, digest, form.digest, version.number)
+        except CorruptTransfer as error:
+            raise InvalidMessage(str(error)) from error  # another attempt would give the same
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _make(self, part: Path, form: Form) -> tuple[Path, bytes]:
+        """The checkpoint file that is made of a form, and its digest. Raises InvalidMessage: the form is none."""
+        made, digest = part.with_name("model.made.part"), hashlib.sha256()
+        with part.open("rb") as file, ExitStack() as stack, made.open("wb", buffering=0) as into:
+            if form.name == BF16:
+                pieces = restored(file, self._expected.rounded)
+            else:
+                pieces = patched(file, stack.enter_context(self._path.open("rb")))
+            for piece in pieces:
+                write_all(into.fileno(), memoryview(piece))
+                digest.update(piece)
+        return made, digest.digest()
+
+    def _complete(self, part: Path, digest: bytes, expected: bytes, number: int) -> None:
+        """Put the file in place of the last model, if it is what was announced; otherwise delete it."""
+        try:
+            if digest != expected:
+                raise CorruptTransfer(f"version {number} arrived with another digest than was announced: fetch it again")
             with part.open("rb") as file:
                 self._expected.places(file)
         except ChoralError:
@@ -148,3 +193,8 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def _digest_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

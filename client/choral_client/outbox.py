@@ -213,6 +213,7 @@ def _parcel(read: dict[str, Any]) -> Parcel:
         "work": tuple(_metric(**metric) for metric in header["work"]),
     }
     fields: dict[str, Any] = {name: _typed(kind, header[name]) for name, kind in plain.items()}
+    typed["codec"] = _typed(str, header.get("codec", ""))  # which earlier releases did not write
     return Parcel(UploadHeader(**fields, **typed), _typed(int, read["round"]))
 
 

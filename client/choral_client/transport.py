@@ -13,7 +13,7 @@ import grpc
 from choral import wire
 from choral.errors import CorruptTransfer, InvalidMessage, TrustError, Unreachable
 from choral.identity import Credentials
-from choral.messages import FromClient, FromCoordinator, Hello, Receipt, UploadHeader, VersionRef
+from choral.messages import Form, FromClient, FromCoordinator, Hello, Receipt, UploadHeader, VersionRef
 from choral.status import from_rpc
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
@@ -62,8 +62,10 @@ class Transport(Protocol):
     def attend(self, hello: Hello) -> AbstractAsyncContextManager[Attendance]:
         """Open the stream with `hello`; leaving the context closes it."""
 
-    def download(self, version: VersionRef, offset: int) -> AsyncGenerator[bytes, None]:
-        """The checkpoint file of a version from byte `offset` on, in verified pieces; its digest is for the caller to check.
+    def download(self, version: VersionRef, offset: int, form: Form | None = None) -> AsyncGenerator[bytes, None]:
+        """The checkpoint file of a version, or one of its forms, from byte `offset` on, in verified pieces.
+
+        The digest is for the caller to check.
 
         Raises Unreachable, CorruptTransfer or UnknownVersion.
         """
@@ -134,19 +136,20 @@ class GrpcTransport:
         finally:
             call.cancel()
 
-    async def download(self, version: VersionRef, offset: int) -> AsyncGenerator[bytes, None]:
-        """The checkpoint file of a version from byte `offset` on, in verified pieces."""
-        call = self._download(pb.DownloadRequest(version=version.number, offset=offset, client=self._client))
+    async def download(self, version: VersionRef, offset: int, form: Form | None = None) -> AsyncGenerator[bytes, None]:
+        """The checkpoint file of a version, or one of its forms, from byte `offset` on, in verified pieces."""
+        name, size_bytes = (form.name, form.size_bytes) if form is not None else ("", version.size_bytes)
+        call = self._download(pb.DownloadRequest(version=version.number, offset=offset, client=self._client, form=name))
         try:
             await self._turn(call)
             while (message := await self._next(call)) is not None:
-                piece = wire.verified(wire.read_download(message), offset, version.size_bytes)
+                piece = wire.verified(wire.read_download(message), offset, size_bytes)
                 offset += len(piece)
                 yield piece
         finally:
             call.cancel()
-        if offset != version.size_bytes:
-            raise CorruptTransfer(f"version {version.number} ended after {offset} of {version.size_bytes} bytes: fetch the rest")
+        if offset != size_bytes:
+            raise CorruptTransfer(f"version {version.number} ended after {offset} of {size_bytes} bytes: fetch the rest")
 
     async def upload(self, header: UploadHeader, payload: Payload) -> Receipt:
         """Send a result, of its payload the bytes from `header.offset` on."""

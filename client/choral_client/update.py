@@ -10,13 +10,12 @@ from io import BufferedIOBase
 
 import numpy as np
 import torch
+from choral.codecs import BLOCK
 from choral.manifest import Manifest
 from numpy.typing import NDArray
 from torch import Tensor
 
 from choral_client.checkpoint import Place
-
-BLOCK = 1 << 18  # elements
 
 
 def moved(

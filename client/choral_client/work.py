@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase
 
 import torch
+from choral import codecs
+from choral.codecs import FLOAT32, Codec, Vector
 from choral.errors import Declined
 from choral.evaluation import evaluate
 from choral.flat import describe
@@ -20,6 +22,7 @@ from choral.task import Task, user_code
 
 from choral_client.checkpoint import Expected, Place
 from choral_client.data import Shard
+from choral_client.residual import Feedback
 from choral_client.train import fit
 from choral_client.update import moved
 
@@ -47,8 +50,18 @@ class Work:
         self.expected = Expected(self.manifest)
         self._places: dict[str, Place] = {}
 
-    def do(self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event) -> Result:
-        """Do what `plan` says, starting from a safetensors file. Raises Declined, TaskError, or Stopped once `stop` is set."""
+    def do(
+        self,
+        plan: Plan,
+        checkpoint: BufferedIOBase,
+        stop: threading.Event,
+        codec: Codec = FLOAT32,
+        feedback: Feedback | None = None,
+    ) -> Result:
+        """Do what `plan` says, starting from a safetensors file. An update is encoded by `codec`, `feedback` added before.
+
+        Raises Declined, TaskError, or Stopped once `stop` is set.
+        """
         self.check(plan)
         self._load(checkpoint)
         if plan.kind is Kind.STATISTICS:
@@ -58,7 +71,9 @@ class Work:
             if not held_out:
                 raise Declined("no examples are held out here (holdout in the client's configuration)")
             return Result((), held_out)
-        return self._train(plan, checkpoint, held_out, stop)
+        work = self._train(plan, stop)
+        blocks = moved(self._model.state_dict(), self.manifest, self._places, checkpoint)
+        return Result(_encoded(blocks, codec, plan.seed, feedback), held_out, work)
 
     def check(self, plan: Plan) -> None:
         """Raises Declined: the plan is for a task that is not installed here."""
@@ -91,15 +106,22 @@ class Work:
         if not direct:
             self._model.load_state_dict(state)
 
-    def _train(self, plan: Plan, checkpoint: BufferedIOBase, held_out: tuple[Metric, ...], stop: threading.Event) -> Result:
+    def _train(self, plan: Plan, stop: threading.Event) -> tuple[Metric, ...]:
+        """Train the model; what was measured on the way."""
         began = time.monotonic()
         loss = fit(self._task, self._model, self._shard.training, plan.training, plan.seed, stop)
         seconds = time.monotonic() - began
         work = [Metric("train_s", seconds, self._shard.size)]
         if loss is not None:
             work.append(Metric(f"train_{LOSS}", loss, self._shard.size))
-        blocks = moved(self._model.state_dict(), self.manifest, self._places, checkpoint)
-        return Result((block.astype("<f4", copy=False).tobytes() for block in blocks), held_out, tuple(work))
+        return tuple(work)
+
+
+def _encoded(blocks: Iterator[Vector], codec: Codec, seed: int, feedback: Feedback | None) -> Iterator[bytes]:
+    rng = codecs.rng_of(seed)
+    if feedback is None:
+        return codecs.encoded(blocks, codec, rng)
+    return codecs.encoded_with_feedback(blocks, codec, rng, feedback.blocks(), feedback.keep)
 
 
 def set_threads(threads: int | None) -> None:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
     """Put a file with these bytes at `path`, in place of one that is there. Raises OSError, and leaves what was there."""
+    with durable_file(path) as write:
+        for piece in pieces:
+            write(piece)
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """What appends to a file that is put at `path`, in place of one that is there, when the context ends well.
+
+    Raises OSError, and leaves what was there.
+    """
     aside = path.with_name(f".{path.name}.aside")
     try:
         with aside.open("wb", buffering=0) as file:
-            for piece in pieces:
-                write_all(file.fileno(), memoryview(piece))
+            yield lambda piece: write_all(file.fileno(), memoryview(piece).cast("B"))
             os.fsync(file.fileno())
         aside.replace(path)
     except BaseException:

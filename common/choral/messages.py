@@ -12,8 +12,21 @@ from choral.plan import Kind, Plan
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """Another file in which a version can be fetched (`forms`); `digest` is the SHA-256 of the checkpoint file that is made of it.
+
+    `base` is that of the checkpoint file which must be at hand; empty: none.
+    """
+
+    name: str
+    size_bytes: int
+    digest: bytes
+    base: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class VersionRef:
-    """A version as it is announced: its number, and the SHA-256 and length (bytes) of its checkpoint file.
+    """A version as it is announced: its number, and the SHA-256 and length (bytes) of its checkpoint file; `forms` come and go.
 
     `content` is the file itself, if it is small and was not sent before; otherwise it is to be fetched.
     """
@@ -22,11 +35,15 @@ class VersionRef:
     digest: bytes
     size_bytes: int
     content: bytes = field(default=b"", compare=False, repr=False)
+    forms: tuple[Form, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Who a client is and what it can work on. `history` is the newest head that it was handed, if it was handed any."""
+    """Who a client is and what it can work on. `history` is the newest head that it was handed, if it was handed any.
+
+    `codecs` are its abilities to send an update in fewer bytes (`codecs.abilities`).
+    """
 
     protocol_version: int
     client: str
@@ -37,6 +54,7 @@ class Hello:
     examples: int
     software: str
     history: Head | None = None
+    codecs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +70,17 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One client's part in one round; `history` is where the coordinator's history stands."""
+    """One client's part in one round; `history` is where the coordinator's history stands.
+
+    `codec` names how an update is to be encoded (`codecs.parse`). It is not in the plan, which is the same for a whole round.
+    """
 
     id: str
     round: int
     version: VersionRef
     plan: Plan
     history: Head | None = None
+    codec: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +137,7 @@ FromCoordinator = Welcome | Assignment | Cancel | NewVersion | ComeBack
 class UploadHeader:
     """Announces the result of an assignment: `payload_bytes` bytes laid out as `kind` demands (federation.proto, PayloadKind).
 
-    `digest` is the payload's SHA-256; the chunks begin at byte `offset`.
+    `digest` is the payload's SHA-256; the chunks begin at byte `offset`. `codec` names how an update is encoded (`codecs.parse`).
     """
 
     assignment: str
@@ -127,6 +149,7 @@ class UploadHeader:
     work: tuple[Metric, ...]
     digest: bytes
     offset: int = 0
+    codec: str = ""
 
 
 class Verdict(enum.Enum):

@@ -19,6 +19,7 @@ from choral.messages import (
     Assignment,
     Cancel,
     ComeBack,
+    Form,
     FromClient,
     FromCoordinator,
     Heartbeat,
@@ -39,6 +40,7 @@ from choral.v1 import model_pb2 as mb
 
 WORDS = 500  # characters
 PROTOCOL_VERSION = 2
+_ABILITIES, _FORMS = 32, 8  # of a client, and of a version, that are looked at
 CHUNK_BYTES = 1 << 20
 SMALL_BYTES = 1 << 16  # what is no longer than this travels whole, with the message that tells of it
 DIGEST_BYTES = 32
@@ -201,7 +203,9 @@ def plan_from_pb(message: pb.Plan) -> Plan:
 
 def version_to_pb(version: VersionRef) -> mb.ModelVersion:
     """To protobuf."""
-    return mb.ModelVersion(number=version.number, digest=version.digest, size_bytes=version.size_bytes, content=version.content)
+    forms = [mb.VersionForm(name=f.name, size_bytes=f.size_bytes, digest=f.digest, base=f.base) for f in version.forms]
+    number, digest, size_bytes, content = version.number, version.digest, version.size_bytes, version.content
+    return mb.ModelVersion(number=number, digest=digest, size_bytes=size_bytes, content=content, forms=forms)
 
 
 def version_from_pb(message: mb.ModelVersion) -> VersionRef:
@@ -216,7 +220,8 @@ def version_from_pb(message: mb.ModelVersion) -> VersionRef:
         raise InvalidMessage(
             f"version {message.number} has {message.size_bytes} bytes, and comes with {len(message.content)} of them"
         )
-    return VersionRef(message.number, message.digest, message.size_bytes, message.content)
+    forms = tuple(Form(brief(f.name), f.size_bytes, f.digest, f.base) for f in message.forms[:_FORMS])
+    return VersionRef(message.number, message.digest, message.size_bytes, message.content, forms)
 
 
 def metrics_to_pb(metrics: Iterable[Metric]) -> list[mb.Metric]:
@@ -264,6 +269,7 @@ def from_client_to_pb(said: FromClient) -> pb.AttendRequest:
                 examples=said.examples,
                 software=said.software,
                 history=head_to_pb(said.history),
+                codecs=said.codecs,
             )
             return pb.AttendRequest(hello=hello)
         case Status():
@@ -289,9 +295,18 @@ def from_client_from_pb(message: pb.AttendRequest) -> FromClient:
                     "install the same release of Choral on both"
                 )
             task, version, software = brief(h.task), brief(h.task_version), brief(h.software)
-            manifest = manifest_from_pb(h.manifest)
+            manifest, abilities = manifest_from_pb(h.manifest), tuple(brief(name) for name in h.codecs[:_ABILITIES])
             return Hello(
-                h.protocol_version, h.client, brief(h.instance), task, version, manifest, h.examples, software, head_from_pb(h)
+                h.protocol_version,
+                h.client,
+                brief(h.instance),
+                task,
+                version,
+                manifest,
+                h.examples,
+                software,
+                head_from_pb(h),
+                abilities,
             )
         case "status":
             s = message.status
@@ -320,6 +335,7 @@ def from_coordinator_to_pb(said: FromCoordinator) -> pb.AttendResponse:
                 version=version_to_pb(said.version),
                 plan=plan_to_pb(said.plan),
                 history=head_to_pb(said.history),
+                codec=said.codec,
             )
             return pb.AttendResponse(assignment=assignment)
         case Cancel():
@@ -350,7 +366,8 @@ def from_coordinator_from_pb(message: pb.AttendResponse) -> FromCoordinator:
             return Welcome(brief(w.run), heartbeat_s, version_from_pb(w.version), brief(w.notice), head_from_pb(w))
         case "assignment":
             a = message.assignment
-            return Assignment(brief(a.id), a.round, version_from_pb(a.version), plan_from_pb(a.plan), head_from_pb(a))
+            plan, head = plan_from_pb(a.plan), head_from_pb(a)
+            return Assignment(brief(a.id), a.round, version_from_pb(a.version), plan, head, brief(a.codec))
         case "cancel":
             return Cancel(brief(message.cancel.assignment), brief(message.cancel.reason))
         case "new_version":
@@ -378,6 +395,7 @@ def header_to_pb(header: UploadHeader, content: bytes = b"") -> pb.UploadHeader:
         digest=header.digest,
         offset=header.offset,
         content=content,
+        codec=header.codec,
     )
 
 
@@ -395,6 +413,7 @@ def header_from_pb(message: pb.UploadHeader) -> UploadHeader:
         work=metrics_from_pb(message.work),
         digest=message.digest,
         offset=message.offset,
+        codec=brief(message.codec),
     )
 
 

@@ -105,6 +105,8 @@ def list_rounds(config: WhereOption = _DEFAULT, run: RunOption = "", limit: Limi
         "from version": lambda round: round.version,
         "accepted": lambda round: f"{sum(part.state == 'accepted' for part in round.parts)}/{len(round.parts)}",
         "seconds": lambda round: f"{round.duration_s:.3f}",
+        "codec": lambda round: ", ".join(sorted({part.codec for part in round.parts if part.state == "accepted"} - {""})),
+        "bytes": lambda round: sum(part.payload_bytes for part in round.parts),
         "reason": lambda round: round.reason,
     }
     _table(columns, _call(config, "ListRounds", run=run, limit=limit).rounds, json)
@@ -122,6 +124,8 @@ def show(number: NumberArgument, config: WhereOption = _DEFAULT, run: RunOption 
         "client": lambda part: part.client,
         "state": lambda part: part.state,
         "examples": lambda part: part.examples,
+        "codec": lambda part: part.codec,
+        "bytes": lambda part: part.payload_bytes or "",
         "work": lambda part: _metrics(part.work),
         "held out": lambda part: _metrics(part.held_out),
         "reason": lambda part: part.reason,

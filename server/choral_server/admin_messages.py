@@ -86,6 +86,8 @@ def _part(part: Part) -> pb.Part:
         examples=part.examples,
         held_out=wire.metrics_to_pb(part.held_out),
         work=wire.metrics_to_pb(part.work),
+        codec=part.codec,
+        payload_bytes=part.payload_bytes,
     )
 
 

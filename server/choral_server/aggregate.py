@@ -14,10 +14,10 @@ import numpy as np
 from choral.durable import write_durably
 from numpy.typing import NDArray
 
+from choral_server.payload import decoded
 from choral_server.rounds import Part
 
 FRACTION_BITS = 46
-_BLOCK = 1 << 18  # elements converted at a time: the temporaries stay in the cache
 
 
 def entry_bound(cohort_size: int) -> float:
@@ -41,12 +41,11 @@ class WeightedSum:
         """Add the update in the file at `path`, the accepted result of `part`."""
         weight = min(part.examples, self._cap)
         scale = weight / self._cap * 2.0**FRACTION_BITS
-        delta = np.fromfile(path, dtype="<f4")
-        for start in range(0, delta.size, _BLOCK):
-            block = delta[start : start + _BLOCK].astype(np.float64)
+        for start, values in decoded(path, part.codec, self._sum.size):  # in blocks, so that the temporaries stay in the cache
+            block = values.astype(np.float64)
             np.multiply(block, scale, out=block)
             np.rint(block, out=block)
-            self._sum[start : start + _BLOCK] += block.astype(np.int64)
+            self._sum[start : start + block.size] += block.astype(np.int64)
         self._weight += weight
         self.contained |= {part.assignment}
 

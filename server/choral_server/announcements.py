@@ -19,7 +19,7 @@ class Contents:
 
     def with_content(self, version: VersionRef) -> VersionRef:
         """The version with its content; without, if it is not small, or its file is not here."""
-        if version.size_bytes > SMALL_BYTES:
+        if version.size_bytes > SMALL_BYTES or version.forms:  # a form of it is shorter still
             return version
         if self._last is None or self._last != version:
             try:

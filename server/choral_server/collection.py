@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 import structlog
+from choral.codecs import Lengths
 from choral.errors import UpdateRefused
 from choral.messages import Assignment, Cancel, Phase, Receipt, Status, UploadHeader, Verdict
 from choral.metrics import LOSS
@@ -89,7 +90,7 @@ class Collection:
         self.run = run
         self.round = round
         self.spool = spool
-        self.tally = Tally(run.aggregate(round.kind), spool, self._payload_bytes(), house.spool_bytes, house.troubles)
+        self.tally = Tally(run.aggregate(round.kind), spool, self._payload_bytes().most, house.spool_bytes, house.troubles)
         self._house = house
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._waiting_for: dict[int, tuple[Upload, asyncio.Future[Receipt]]] = {}
@@ -184,7 +185,7 @@ class Collection:
         run, current = self.run, self.round
         seed = seed_for(run.settings.seed, current.version, part.client)
         plan, head = run.plan(current.kind, current.goal, seed), self._house.store.head
-        self._house.sessions.say(part.client, Assignment(part.assignment, current.number, run.version, plan, head))
+        self._house.sessions.say(part.client, Assignment(part.assignment, current.number, run.version, plan, head, part.codec))
 
     def _answer(self, upload: Upload, receipt: Receipt) -> None:
         if receipt.verdict is not Verdict.ACCEPTED:
@@ -268,7 +269,8 @@ class Collection:
         taken = {part.client for part in round.parts.values()}
         spare = [client for client in self._house.eligible() if client not in taken]
         for client in cohort.choose(settings.seed, round.number, spare, wanted):
-            yield Recruited(Part(assignment_id(self.run.record, round.number, client), client))
+            assignment = assignment_id(self.run.record, round.number, client)
+            yield Recruited(Part(assignment, client, codec=self.run.codec(round.kind, self._house.sessions.codecs(client))))
 
     def _expect_back(self, client: str) -> None:
         """Wait for one who is away; not for ever, unless its result is still arriving."""
@@ -325,7 +327,8 @@ class Collection:
         if part.state not in OPEN_PARTS:
             return receipt_after(part)
         try:
-            check_header(header, self.round.kind, self._payload_bytes(), (LOSS, *self.run.model.task.metrics))
+            measured = (LOSS, *self.run.model.task.metrics)
+            check_header(header, self.round.kind, part.codec, self._payload_bytes(part.codec), measured)
         except UpdateRefused as error:
             self.reject(header, str(error))
             raise
@@ -333,8 +336,8 @@ class Collection:
 
     def bounds(self) -> Bounds:
         """What a payload is held against."""
-        settings = self.run.settings
-        return Bounds(max(settings.cohort_size, self.round.goal), self.run.model.features, settings.max_update_norm)
+        settings, model = self.run.settings, self.run.model
+        return Bounds(max(settings.cohort_size, self.round.goal), model.manifest.size, model.features, settings.max_update_norm)
 
     async def submit(self, upload: Upload) -> Receipt:
         """Offer an admissible result; its receipt, once that is stored."""
@@ -361,8 +364,9 @@ class Collection:
             self.reject(header, told)
             raise UpdateRefused(told)
 
-    def _payload_bytes(self) -> int:
-        return payload_bytes(self.round.kind, self.run.model.manifest.size, self.run.model.features)
+    def _payload_bytes(self, codec: str = "") -> Lengths:
+        """The length of a result of this round; of one that is not encoded, if no codec is given."""
+        return payload_bytes(self.round.kind, self.run.model.manifest.size, self.run.model.features, codec)
 
 
 def assignment_id(run: RunRecord, number: int, client: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from choral.address import Address, HostPort
+from choral.codecs import LARGEST_SHARE, LEAST_SHARE, Codec, TopK, Zstd, abilities, parse
 from choral.config import Settings, read
 from choral.names import ALLOWED, is_name
 from choral.plan import Training
@@ -19,6 +20,7 @@ from choral_server.strategies import ServerOptimizer
 
 FilePath = Annotated[Path, Field(strict=False)]
 Seconds = Annotated[float, Field(gt=0, le=31_536_000, allow_inf_nan=False)]
+_TOPK_SHARE = 0.05
 
 
 def _name(value: str) -> str:
@@ -119,6 +121,39 @@ class TrainingChanges(Settings):
         return defaults.model_copy(update=self.model_dump(exclude_none=True))
 
 
+class Compression(Settings):
+    """In how few bytes updates and versions are sent. Who cannot do it sends and fetches them as they are."""
+
+    upload: Literal["none", "bf16", "int8", "topk"] = "none"
+    """how clients encode updates: none, 4 bytes an element; bf16, 2; int8, a little more than 1; topk, the largest elements only,
+    and what is left out is added to the client's next update"""
+    topk_share: Annotated[float, Field(ge=LEAST_SHARE, le=LARGEST_SHARE)] | None = None
+    """for upload: topk, the share of the elements that is sent; 0.05, if not given"""
+    zstd: bool = False
+    """compress what upload gives with Zstandard, which changes no number; needs the extra choral[compression]"""
+
+    download: Literal["none", "bf16", "delta"] = "none"
+    """in what clients fetch versions: none, the checkpoint file; bf16, rounded to half as many bytes, from which they then train;
+    delta, the difference to the version before, which changes no bit, for those that have that version; needs the extra
+    choral[compression]"""
+
+    @property
+    def codec(self) -> Codec:
+        """What clients are asked for that can do it."""
+        share = _TOPK_SHARE if self.topk_share is None else self.topk_share
+        base: Codec = TopK(share) if self.upload == "topk" else parse(self.upload.replace("none", ""))
+        return Zstd(base) if self.zstd else base
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.topk_share is not None and self.upload != "topk":
+            raise ValueError(f"topk_share is for upload: topk, and upload is {self.upload}: remove one of them")
+        wanted = self.codec.abilities | ({"zstd"} if self.download == "delta" else set())
+        if missing := wanted - set(abilities()):
+            raise ValueError(f"{', '.join(sorted(missing))} needs the extra compression: pip install 'choral[compression]'")
+        return self
+
+
 class RunSettings(Settings):
     """One run: a task trained for a number of rounds."""
 
@@ -164,6 +199,8 @@ class RunSettings(Settings):
     """changes to the task's hyper-parameters"""
     objective: Objective = Objective()
     """which version is best, and early stopping"""
+    compression: Compression = Compression()
+    """in how few bytes updates and versions are sent"""
 
     @property
     def needed(self) -> int:
@@ -174,6 +211,11 @@ class RunSettings(Settings):
     def _possible(self) -> Self:
         if self.quorum is not None and self.quorum > self.cohort_size:
             raise ValueError(f"quorum {self.quorum} is more than cohort_size {self.cohort_size}; it can be at most that")
+        if self.max_update_norm is not None and self.compression.codec.sparse:
+            raise ValueError(
+                "max_update_norm contradicts compression.upload: topk, whose updates carry what earlier ones left out, too, and "
+                "may be longer than any that was trained: remove max_update_norm, or take upload: int8"
+            )
         return self
 
 

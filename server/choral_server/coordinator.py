@@ -168,7 +168,7 @@ class Coordinator:
                 f"{self._state} is gone, or not the folder that it was at the start: put it back, or stop and start the coordinator"
             )
         settings, model = self.run.settings, self.run.model
-        upload = payload_bytes(Kind.TRAINING, model.manifest.size, model.features)
+        upload = payload_bytes(Kind.TRAINING, model.manifest.size, model.features).most  # of a client that cannot compress
         asked = cohort.selected(settings.cohort_size, settings.over_selection)
         needed = disk.needed_bytes(asked, upload, self._house.spool_bytes, self.run.version.size_bytes)
         return disk.shortage(self._state, needed)
@@ -234,7 +234,8 @@ class Coordinator:
             size = goal = len(present)
             quorum = quorum if kind is Kind.STATISTICS else 1
         chosen = cohort.choose(settings.seed, number, present, size)
-        parts = {assignment_id(record, number, client): client for client in chosen}
+        offered = self._house.sessions.codecs
+        parts = [Part(assignment_id(record, number, name), name, codec=run.codec(kind, offered(name))) for name in chosen]
         opened = Round(
             run=record.name,
             number=number,
@@ -242,7 +243,7 @@ class Coordinator:
             version=run.version.number,
             goal=min(goal, len(parts)),
             quorum=quorum,
-            parts={assignment: Part(assignment, client) for assignment, client in parts.items()},
+            parts={part.assignment: part for part in parts},
             opened_at=self._house.clock(),
             plan=run.plan_digest(kind, min(goal, len(parts))),
             parent=run.version.digest,

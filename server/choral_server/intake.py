@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from choral import codecs
+from choral.codecs import Lengths, Vector
 from choral.errors import InvalidMessage, UpdateRefused
 from choral.messages import UploadHeader
 from choral.metrics import Metric
@@ -15,34 +17,44 @@ from choral.plan import Kind
 from choral.statistics import Moments
 
 from choral_server.aggregate import entry_bound
+from choral_server.payload import decoded
 
 MAX_EXAMPLES = 2**40
 _LARGEST_FEATURE = 1e30  # the model keeps means and deviations as float32, which ends at 3e38
 _LARGEST_METRIC = 1e30
+_PLAIN = codecs.FLOAT32.name
 _WORK_METRICS, _NAME = 32, 64  # how many a client may tell of its work, and how long the name of one may be, in characters
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a payload is held against: the number of results that may be added, the features of statistics, the largest norm."""
+    """What a payload is held against: the number of results that may be added, the features of statistics, the largest norm.
+
+    `size` is the number of averaged elements.
+    """
 
     cohort_size: int
+    size: int = 0
     features: int | None = None
     max_norm: float | None = None
 
 
-def payload_bytes(kind: Kind, model_size: int, features: int | None) -> int:
-    """How long the payload of a result must be, for a model of `model_size` averaged elements and statistics of `features`."""
-    return {Kind.TRAINING: 4 * model_size, Kind.STATISTICS: 8 * (1 + 2 * (features or 0)), Kind.EVALUATION: 0}[kind]
+def payload_bytes(kind: Kind, model_size: int, features: int | None, codec: str = "") -> Lengths:
+    """How long the payload of a result may be, for a model of `model_size` averaged elements and statistics of `features`."""
+    if kind is Kind.TRAINING:
+        return codecs.payload_bytes(codecs.parse(codec), model_size)
+    length = 8 * (1 + 2 * (features or 0)) if kind is Kind.STATISTICS else 0
+    return Lengths(length, length)
 
 
-def check_header(header: UploadHeader, kind: Kind, expected_bytes: int, metrics: Collection[str]) -> None:
-    """Refuse before any byte is stored. Raises UpdateRefused: wrong kind, length, weight or metrics; the task has `metrics`."""
+def check_header(header: UploadHeader, kind: Kind, codec: str, expected: Lengths, metrics: Collection[str]) -> None:
+    """Refuse before any byte is stored. Raises UpdateRefused: wrong kind, codec, length, weight or metrics (of `metrics`)."""
     if header.kind is not kind:
         raise UpdateRefused(f"{header.client} sends a {header.kind.value} result; a {kind.value} result was asked for")
-    if header.payload_bytes != expected_bytes:
-        raise UpdateRefused(f"{header.client} announces {header.payload_bytes} bytes; the model's result has {expected_bytes}")
+    if (header.codec or _PLAIN) != (codec or _PLAIN):
+        raise UpdateRefused(f"{header.client} sends its result as {header.codec or _PLAIN}; {codec or _PLAIN} was asked for")
+    if header.payload_bytes not in expected:
+        raise UpdateRefused(f"{header.client} announces {header.payload_bytes} bytes; the model's result has {expected}")
     if not 1 <= header.examples <= MAX_EXAMPLES:
         raise UpdateRefused(f"{header.client} claims {header.examples} examples; 1 to {MAX_EXAMPLES} are allowed")
     _check_metrics(header.client, header.held_out, metrics)
@@ -73,7 +85,10 @@ def digest_of(path: Path) -> bytes:
 def check_payload(header: UploadHeader, path: Path, bounds: Bounds) -> None:
     """Refuse what must not be aggregated. Raises UpdateRefused: not finite, out of bounds, or no valid statistics."""
     if header.kind is Kind.TRAINING:
-        _check_delta(header.client, path, bounds)
+        try:
+            _check_delta(header.client, decoded(path, header.codec, bounds.size), bounds)
+        except InvalidMessage as error:
+            raise UpdateRefused(f"{header.client} sends no {header.codec or _PLAIN} update: {error}") from error
     elif header.kind is Kind.STATISTICS:
         _check_statistics(header.client, path, bounds.features)
 
@@ -90,11 +105,9 @@ def _check_statistics(client: str, path: Path, features: int | None) -> None:
         raise UpdateRefused(f"{client} sends a mean or deviation of {largest:g}; at most {_LARGEST_FEATURE:g} is allowed")
 
 
-def _check_delta(client: str, path: Path, bounds: Bounds) -> None:
-    delta = np.memmap(path, dtype="<f4", mode="r")
+def _check_delta(client: str, blocks: Iterator[tuple[int, Vector]], bounds: Bounds) -> None:
     bound, square = entry_bound(bounds.cohort_size), 0.0
-    for start in range(0, delta.size, _BLOCK):
-        block = delta[start : start + _BLOCK]
+    for _, block in blocks:
         largest = np.abs(block).max()
         if not largest <= bound:  # also true for NaN
             what = "an infinite or undefined number" if not np.isfinite(largest) else f"{largest:g}, over the bound of {bound:g}"

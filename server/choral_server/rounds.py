@@ -71,7 +71,10 @@ ENDED = frozenset({RoundState.DONE, RoundState.ABANDONED})
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One client's part: `examples` is the weight of its accepted result, `digest` the SHA-256 of that result's payload."""
+    """One client's part: `examples` is the weight of its accepted result, `digest` the SHA-256 of that result's payload.
+
+    `codec` is how it was asked to encode an update; `payload_bytes` is the length of the accepted one.
+    """
 
     assignment: str
     client: str
@@ -81,6 +84,8 @@ class Part:
     held_out: tuple[Metric, ...] = ()
     work: tuple[Metric, ...] = ()
     digest: bytes = b""
+    codec: str = ""
+    payload_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,7 @@ class Upload:
     work: tuple[Metric, ...]
     digest: bytes
     path: Path
+    payload_bytes: int = 0
 
 
 def outstanding(round: Round) -> str:
@@ -319,6 +325,7 @@ def _arrived(round: Round, event: Arrived) -> Step:
         held_out=upload.held_out,
         work=upload.work,
         digest=upload.digest,
+        payload_bytes=upload.payload_bytes,
     )
     return _with(round, accepted), (Answer(upload, Receipt(Verdict.ACCEPTED)), Fold(upload))
 

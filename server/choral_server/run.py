@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from choral.codecs import negotiated
 from choral.errors import ConfigError, UnknownVersion
+from choral.forms import rounded_names
 from choral.messages import VersionRef
 from choral.metrics import Metric, weighted_mean
 from choral.plan import Kind, Plan, digest_of
@@ -32,6 +34,7 @@ from choral_server.statistics_sum import StatisticsSum
 from choral_server.store import Store
 from choral_server.strategies import State, load_state, save_state, step
 from choral_server.troubles import Troubles
+from choral_server.version_forms import VersionForms
 
 Aggregate = WeightedSum | StatisticsSum | None
 ARTIFACTS = "artifacts"
@@ -83,6 +86,7 @@ class Run:
         self._store = store
         self._troubles = troubles
         self._evaluators = Evaluators.of(config, test_set)
+        self._forms = VersionForms(config.run.compression.download, rounded_names(self.model.manifest))
         self._put_to_clients: int | None = None  # the version that a round was opened for only to measure it
         self._changing = asyncio.Lock()
 
@@ -90,16 +94,17 @@ class Run:
         """Make version 0: the task's initial weights, or the newest of `parent`; `others` are stored with it."""
         if parent is not None:
             self.model.load(await parent.checkpoints.fetch(parent.record.latest))
-        self.current = await self._write(Made(self._content(0), {}), 0, now, parent.origin if parent is not None else None)
+        made = await self._write(Made(self._content(0), {}), 0, now, parent.origin if parent is not None else None)
+        self.current = await self._with_forms(made, None)
         await self._commit(lambda record: record, Transition.RUN_BEGUN, self.current, *others)
 
     async def resume(self) -> None:
         """Go on from the newest version of an earlier process. Raises ConfigError: it is missing or of another model."""
-        latest = await self._store.version(self.record.name, self.record.latest)
+        latest, before = [await self._store.version(self.record.name, self.record.latest - ago) for ago in (0, 1)]
         if latest is None:
             raise ConfigError(f"run {self.record.name}: the database has no version {self.record.latest}: restore a backup")
-        self.current = latest
         await self.checkpoints.fetch(self.record.latest, latest.version)
+        self.current = await self._with_forms(latest, before)
         await self._load(self.record.latest)
         self._point()  # the earlier process may have ended before it did
 
@@ -167,6 +172,10 @@ class Run:
     def plan_digest(self, kind: Kind, goal: int) -> bytes:
         """SHA-256 of what all clients of a round are asked."""
         return digest_of(self.plan(kind, goal, 0))
+
+    def codec(self, kind: Kind, offered: Collection[str]) -> str:
+        """How a client with these abilities encodes its result; empty: it sends no update, which alone is ever encoded."""
+        return negotiated(self.settings.compression.codec, offered).name if kind is Kind.TRAINING else ""
 
     def aggregate(self, kind: Kind) -> Aggregate:
         """An empty aggregate for a round of this kind."""
@@ -284,7 +293,7 @@ class Run:
     ) -> None:
         """Make a version, made from `parent`, the newest, with `change` of the record and what else is to be known then."""
         number = self.record.latest + 1
-        current = await self._write(made, number, now, parent)
+        current = await self._with_forms(await self._write(made, number, now, parent), self.current)
         await self._commit(lambda record: replace(change(record), latest=number), Transition.VERSION_PUBLISHED, current, *others)
         self._state, self.current = made.state, current
         best = self.record.progress.best
@@ -296,6 +305,15 @@ class Run:
         state = save_state(made.state) if made.state else None
         version = await patiently(self._troubles, ARTIFACTS, lambda: self.checkpoints.write(number, made.content, state))
         return VersionRecord(self.record.name, version, self.checkpoints.location(number), now, parent=parent)
+
+    async def _with_forms(self, record: VersionRecord, before: VersionRecord | None) -> VersionRecord:
+        """A version with the other files in which it can be fetched, made now."""
+        version = record.version
+        if self._forms.download == "none":
+            return record
+        base = (before.version, self.checkpoints.path(before.version.number)) if before is not None else None
+        forms = await offload(version.size_bytes, self._forms.make, version, self.checkpoints.path(version.number), base)
+        return replace(record, version=replace(version, forms=forms))
 
     async def _commit(self, change: Callable[[RunRecord], RunRecord], at: Transition, *others: Record) -> None:
         """Store a change of the record, as it is at this moment, together with other records."""

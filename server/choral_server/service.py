@@ -41,6 +41,7 @@ from choral_server.offload import offload
 from choral_server.rounds import Upload
 from choral_server.sessions import Session, Sessions
 from choral_server.transfers import Transfer, Transfers
+from choral_server.version_forms import path_of
 
 log = structlog.get_logger()
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -111,11 +112,14 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 path = await run.checkpoints.fetch(request.version)  # from the artifact store, should the copy here be lost
             else:
                 path = run.checkpoints.path(request.version)
+            if request.form:
+                path = path_of(path, request.form)
             file = path.open("rb")
         except (ArtifactsGone, NotAllowed) as error:
             await abort(context, error)
         except (ConfigError, FileNotFoundError):
-            await abort(context, UnknownVersion(f"version {request.version} is not kept any more: ask for the one announced last"))
+            what = f"{wire.brief(request.form)} of version" if request.form else "version"
+            await abort(context, UnknownVersion(f"{what} {request.version} is not kept any more: ask for the one announced last"))
         with file:
             size = path.stat().st_size
             if not 0 <= request.offset <= size:
@@ -219,7 +223,16 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         except UpdateRefused as error:
             return Receipt(Verdict.REFUSED, str(error))
         return await collection.submit(
-            Upload(header.assignment, header.client, header.examples, header.held_out, header.work, header.digest, path)
+            Upload(
+                header.assignment,
+                header.client,
+                header.examples,
+                header.held_out,
+                header.work,
+                header.digest,
+                path,
+                header.payload_bytes,
+            )
         )
 
     async def _receive(

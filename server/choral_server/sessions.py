@@ -18,7 +18,7 @@ class Session:
     """One client's open stream. What is said to the client waits in `outbox`; None closes the stream.
 
     Of a client that does not read, no more than `unread` messages wait: then `stop` is called, and `fault` says why.
-    `history` is the newest head that the client was handed before.
+    `history` is the newest head that the client was handed before, `codecs` its abilities to send an update in fewer bytes.
     """
 
     client: str
@@ -30,6 +30,7 @@ class Session:
     stop: Callable[[], object] = lambda: None
     fault: str = ""
     history: Head | None = None
+    codecs: tuple[str, ...] = ()
     outbox: asyncio.Queue[FromCoordinator | None] = field(default_factory=asyncio.Queue)
 
     def say(self, message: FromCoordinator) -> None:
@@ -77,8 +78,16 @@ class Sessions:
             raise NameTaken(f"a client named {hello.client} attends already, from {before.address}: give this one another name")
         if before is not None:
             before.close()
-        known = hello.history
-        session = Session(hello.client, hello.instance, hello.examples, hello.software, address, unread, history=known)
+        session = Session(
+            hello.client,
+            hello.instance,
+            hello.examples,
+            hello.software,
+            address,
+            unread,
+            history=hello.history,
+            codecs=hello.codecs,
+        )
         self._open[hello.client] = session
         self._seen.add(hello.client)
         self._any_seen.set()
@@ -98,6 +107,11 @@ class Sessions:
     def present(self) -> tuple[str, ...]:
         """Names of the clients that attend."""
         return tuple(self._open)
+
+    def codecs(self, client: str) -> tuple[str, ...]:
+        """What a client can do to send an update in fewer bytes; nothing, if it does not attend."""
+        session = self._open.get(client)
+        return session.codecs if session is not None else ()
 
     def say(self, client: str, message: FromCoordinator) -> None:
         """Say something to a client, if it attends."""

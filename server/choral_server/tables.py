@@ -145,6 +145,8 @@ ASSIGNMENTS = Table(
     Column("held_out", Metrics, nullable=False),
     Column("work", Metrics, nullable=False),
     Column("digest", sa.LargeBinary, nullable=False),
+    Column("codec", Words, nullable=False, server_default=""),
+    Column("payload_bytes", sa.BigInteger, nullable=False, server_default="0"),
     ForeignKeyConstraint(["run", "round"], [ROUNDS.c.run, ROUNDS.c.number]),
     Index(None, "run", "round", "place"),
 )
@@ -312,6 +314,8 @@ def part_to_row(part: Part, run: str, number: int, place: int) -> Row:
         "held_out": part.held_out,
         "work": part.work,
         "digest": part.digest,
+        "codec": part.codec,
+        "payload_bytes": part.payload_bytes,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import random
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
@@ -12,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from choral import Task, Training
+from choral.codecs import decoded, parse
 from choral.errors import (
     ChoralError,
     CorruptTransfer,
@@ -29,6 +32,7 @@ from choral.messages import (
     Assignment,
     Cancel,
     ComeBack,
+    Form,
     FromClient,
     FromCoordinator,
     Heartbeat,
@@ -156,7 +160,7 @@ class Coordinator:
         finally:
             stream.closed.set()
 
-    async def download(self, version: VersionRef, offset: int) -> AsyncGenerator[bytes, None]:
+    async def download(self, version: VersionRef, offset: int, form: Form | None = None) -> AsyncGenerator[bytes, None]:
         self.downloads.append(version.number)
         if self.broken_downloads > 0:
             self.broken_downloads -= 1
@@ -215,7 +219,7 @@ async def test_a_life_of_one_round(coordinator: Coordinator, tmp_path: Path) -> 
         assert payload == torch.tensor([0.2, 0.2]).numpy().tobytes()
         assert header.payload_bytes == 8
         phases = [said.phase for said in iter_now(stream.said) if isinstance(said, Status)]
-        assert phases[-1] is Phase.WORKING
+        assert Phase.DECLINED not in phases
         stream.tell(NewVersion(version(1)), OVER)
 
     assert await living(agent(coordinator, tmp_path).live(), script) == "all rounds completed"
@@ -758,3 +762,145 @@ async def test_it_says_that_it_is_alive(coordinator: Coordinator, tmp_path: Path
         stream.tell(OVER)
 
     await living(agent(coordinator, tmp_path).live(), script)
+
+
+# Updates that leave something out
+
+TOPK = "topk:0.5"  # one of the model's two elements
+
+
+def sparse(round: int) -> Assignment:
+    return replace(assignment(round), codec=TOPK)
+
+
+def sent(payload: bytes) -> torch.Tensor:
+    codec = parse(TOPK)
+    return torch.from_numpy(np.concatenate(list(decoded(io.BytesIO(payload).read, codec, 2))).copy())
+
+
+WHOLE = torch.tensor([0.2, 0.2])  # of each round's update: all of them start from w = b = 0
+
+
+def left(folder: Path, name: str = "current") -> torch.Tensor:
+    return torch.frombuffer(bytearray((folder / "residual" / name).read_bytes()[-12:-4]), dtype=torch.float32)
+
+
+async def test_what_an_update_leaves_out_is_added_to_the_next_one_once_it_counts(coordinator: Coordinator, tmp_path: Path) -> None:
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME)
+        arrived = torch.zeros(2)
+        for round in range(4):
+            stream.tell(sparse(round))
+            header, payload = await coordinator.uploads.get()
+            assert (header.codec, header.payload_bytes) == (TOPK, len(payload))
+            assert (sent(payload) != 0).sum() == 1
+            arrived += sent(payload)
+            await until(lambda: not (tmp_path / "residual" / "pending").exists())
+            assert torch.allclose(arrived + left(tmp_path), (round + 1) * WHOLE)
+        assert (arrived > 0).all()  # each of the two had its turn
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("verdict", [Verdict.LATE, Verdict.REFUSED])
+async def test_an_update_that_does_not_count_changes_no_residual_but_a_refused_one_ends_it(
+    coordinator: Coordinator, tmp_path: Path, verdict: Verdict
+) -> None:
+    coordinator.receipts = [Receipt(Verdict.ACCEPTED), Receipt(verdict, "so"), Receipt(Verdict.ACCEPTED)]
+    payloads = []
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME)
+        for round in range(3):
+            stream.tell(sparse(round))
+            payloads.append((await coordinator.uploads.get())[1])
+            await until(lambda: not (tmp_path / "residual" / "pending").exists())
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    first, second, third = payloads
+    assert first != second
+    assert third == (second if verdict is Verdict.LATE else first)  # from the same residual, or from none again
+
+
+@pytest.mark.parametrize("saved", [True, False])
+async def test_a_client_that_ends_before_the_receipt_sends_the_same_bits(
+    coordinator: Coordinator, tmp_path: Path, saved: bool
+) -> None:
+    """The end comes when the result was saved, or just before: then what it leaves out was."""
+    payloads, answering = [], coordinator.upload
+
+    async def upload(header: UploadHeader, payload: memoryview) -> Receipt:
+        receipt = await answering(header, payload)
+        if header.assignment == "run/1/alice":
+            await asyncio.Event().wait()
+        return receipt
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, sparse(0))
+        payloads.append((await coordinator.uploads.get())[1])
+        await until(lambda: not (tmp_path / "residual" / "pending").exists())
+        stream.tell(sparse(1))
+        payloads.append((await coordinator.uploads.get())[1])
+        stream.tell(OVER)
+
+    coordinator.upload = upload  # type: ignore[method-assign]
+    await living(agent(coordinator, tmp_path).live(), script)
+    coordinator.upload = answering  # type: ignore[method-assign]
+    pending = left(tmp_path, "pending")
+    if not saved:
+        for path in (tmp_path / "outbox").iterdir():
+            path.unlink()
+
+    async def again() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, sparse(1))
+        payloads.append((await coordinator.uploads.get())[1])
+        await until(lambda: not (tmp_path / "residual" / "pending").exists())
+        assert torch.equal(left(tmp_path), pending)
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), again)
+    assert payloads[1] == payloads[2] != payloads[0]
+
+
+async def test_the_next_update_waits_until_it_is_known_what_became_of_the_last(coordinator: Coordinator, tmp_path: Path) -> None:
+    """The coordinator has taken it, and the receipt is lost with the link."""
+    coordinator.receipts = [Unreachable("the receipt is lost"), Receipt(Verdict.ACCEPTED)]
+    coordinator.resumptions = [Receipt(Verdict.DUPLICATE, "this result was accepted before and counts once")]
+    payloads = []
+
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, sparse(0))
+        payloads.append((await coordinator.uploads.get())[1])
+        stream.tell(sparse(1))
+        payloads.append((await coordinator.uploads.get())[1])
+        await until(lambda: not (tmp_path / "residual" / "pending").exists())
+        assert torch.allclose(sent(payloads[0]) + sent(payloads[1]) + left(tmp_path), 2 * WHOLE)
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert payloads[0] != payloads[1]
+
+
+@pytest.mark.parametrize("codec", ["gzip", "topk", "int8+brotli"])
+async def test_a_codec_that_this_release_does_not_know_is_declined(coordinator: Coordinator, tmp_path: Path, codec: str) -> None:
+    async def script() -> None:
+        stream = await coordinator.streams.get()
+        stream.tell(WELCOME, replace(assignment(0), codec=codec))
+        told = await stream.declined()
+        assert told.reason == f"codec {codec!r} is unknown to this release: update Choral on this side"
+        stream.tell(OVER)
+
+    await living(agent(coordinator, tmp_path).live(), script)
+    assert coordinator.uploads.empty()

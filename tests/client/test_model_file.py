@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.util
 import io
 import os
 import pickle
 import random
 import re
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from choral.errors import ChoralError, CorruptTransfer, Declined, UnknownVersion, Unreachable
+from choral.forms import difference, halved, restored
 from choral.manifest import Entry, EntryKind, Manifest
-from choral.messages import Receipt, UploadHeader, VersionRef
+from choral.messages import Form, Receipt, UploadHeader, VersionRef
 from choral.wire import CHUNK_BYTES
 from choral_client.backoff import Patience
 from choral_client.checkpoint import Expected, Place
@@ -51,7 +54,7 @@ class Source:
         self.sent = 0
         self.waiting = asyncio.Event()
 
-    async def download(self, version: VersionRef, offset: int) -> AsyncGenerator[bytes, None]:
+    async def download(self, version: VersionRef, offset: int, form: Form | None = None) -> AsyncGenerator[bytes, None]:
         self.offsets.append(offset)
         pieces, error = self.breaks.pop(0) if self.breaks else (-1, None)
         for begin in range(offset, len(self.content), CHUNK_BYTES):
@@ -260,3 +263,121 @@ async def test_a_version_that_cannot_be_so_large_is_not_begun(tmp_path: Path, si
         await models.obtain(VersionRef(3, hashlib.sha256(source.content).digest(), size_bytes))
     assert source.offsets == ([0] if fetched else [])
     assert names(tmp_path) == []
+
+
+# In fewer bytes
+
+ONE_TENSOR = Manifest((Entry("w", "F32", (5000,), 0, EntryKind.AVERAGED),))
+WEIGHTS = torch.linspace(-1, 1, 5000)
+BEFORE, AFTER = (save({"w": WEIGHTS + step}) for step in (0.0, 1e-4))
+DELTA = b"".join(difference(io.BytesIO(AFTER), io.BytesIO(BEFORE)))
+HALVED = b"".join(halved(io.BytesIO(AFTER), {"w"}))
+ROUNDED = b"".join(restored(io.BytesIO(HALVED), {"w"}))
+
+
+def sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+BF16_FORM, DELTA_FORM = Form("bf16", len(HALVED), sha256(ROUNDED)), Form("delta", len(DELTA), sha256(AFTER), sha256(BEFORE))
+
+
+class Forms(Source):
+    """Sends each form that it has, and says that others are not kept any more."""
+
+    def __init__(self, *breaks: tuple[int, ChoralError], **files: bytes) -> None:
+        super().__init__(b"", *breaks)
+        self.files = {"": AFTER} | files
+        self.asked: list[str] = []
+
+    async def download(self, version: VersionRef, offset: int, form: Form | None = None) -> AsyncGenerator[bytes, None]:
+        name = form.name if form is not None else ""
+        self.asked.append(name)
+        if version.digest == sha256(BEFORE):
+            self.content = BEFORE
+        elif name in self.files:
+            self.content = self.files[name]
+        else:
+            raise UnknownVersion("not kept any more")
+        async with aclosing(super().download(version, offset)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+
+def expecting(source: Source, folder: Path) -> ModelFile:
+    return ModelFile(source, folder, Patience(AtOnce()), Expected(ONE_TENSOR))
+
+
+async def test_bf16_is_fetched_expanded_and_known_again(tmp_path: Path) -> None:
+    source, wanted = Forms(bf16=HALVED), replace(version(AFTER), forms=(BF16_FORM,))
+    assert await read(expecting(source, tmp_path), wanted) == ROUNDED
+    assert (tmp_path / "model.safetensors").read_bytes() == ROUNDED
+    assert await read(expecting(source, tmp_path), wanted) == ROUNDED
+    assert source.asked == ["bf16"]  # once: the next start of the client found it
+    assert await read(expecting(source, tmp_path), version(AFTER)) == AFTER  # where it is not to be had rounded any more
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+async def test_a_delta_is_fetched_by_who_has_its_base(tmp_path: Path, restarted: bool) -> None:
+    source = Forms(delta=DELTA)
+    models, wanted = expecting(source, tmp_path), replace(version(AFTER, 4), forms=(DELTA_FORM,))
+    await models.obtain(version(BEFORE))
+    if restarted:
+        models = expecting(source, tmp_path)
+    assert await read(models, wanted) == AFTER
+    assert source.asked == ["", "delta"]
+    assert (tmp_path / "model.safetensors").read_bytes() == AFTER
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+async def test_who_has_not_the_base_fetches_the_version(tmp_path: Path) -> None:
+    source = Forms(delta=DELTA)
+    assert await read(expecting(source, tmp_path), replace(version(AFTER), forms=(DELTA_FORM,))) == AFTER
+    assert source.asked == [""]
+
+
+async def test_who_has_no_zstandard_fetches_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Forms(delta=DELTA)
+    models = expecting(source, tmp_path)
+    await models.obtain(version(BEFORE))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert await read(models, replace(version(AFTER), forms=(DELTA_FORM,))) == AFTER
+    assert source.asked == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("form", "files"),
+    [
+        (DELTA_FORM, {}),
+        (DELTA_FORM, {"delta": b"nonsense"}),
+        (DELTA_FORM, {"delta": DELTA[:-1]}),
+        (DELTA_FORM, {"delta": b"".join(difference(io.BytesIO(BEFORE), io.BytesIO(AFTER)))}),
+        (BF16_FORM, {"bf16": HALVED + b"x"}),
+        (BF16_FORM, {"bf16": b"".join(halved(io.BytesIO(BEFORE), {"w"}))}),
+        (replace(BF16_FORM, digest=bytes(32)), {"bf16": HALVED}),
+        (replace(BF16_FORM, name="of tomorrow"), {}),
+        (replace(BF16_FORM, size_bytes=0), {}),
+        (replace(BF16_FORM, size_bytes=2**62), {}),
+    ],
+)
+async def test_whatever_is_wrong_with_a_form_the_version_itself_is_fetched(
+    tmp_path: Path, form: Form, files: dict[str, bytes]
+) -> None:
+    source = Forms(**files)
+    models = expecting(source, tmp_path)
+    await models.obtain(version(BEFORE))
+    assert await read(models, replace(version(AFTER), forms=(form,))) == AFTER
+    assert source.asked.count("") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+async def test_a_form_that_breaks_is_gone_on_with(tmp_path: Path) -> None:
+    content = save({"w": torch.randn(3 * CHUNK_BYTES // 4)})
+    small = b"".join(halved(io.BytesIO(content), {"w"}))
+    rounded = b"".join(restored(io.BytesIO(small), {"w"}))
+    source = Forms((1, Unreachable("cut")), bf16=small)
+    manifest = Manifest((Entry("w", "F32", (3 * CHUNK_BYTES // 4,), 0, EntryKind.AVERAGED),))
+    models = ModelFile(source, tmp_path, Patience(AtOnce()), Expected(manifest))
+    form = Form("bf16", len(small), sha256(rounded))
+    assert await read(models, replace(version(content), forms=(form,))) == rounded
+    assert (source.asked, source.offsets) == (["bf16", "bf16"], [0, CHUNK_BYTES])

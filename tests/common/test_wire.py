@@ -84,6 +84,7 @@ HELLOS = st.builds(
     examples=INT64,
     software=TEXT,
     history=HEADS,
+    codecs=st.lists(TEXT, max_size=3).map(tuple),
 )
 FROM_CLIENT = {
     "hello": HELLOS,
@@ -92,7 +93,7 @@ FROM_CLIENT = {
 }
 FROM_COORDINATOR = {
     "welcome": st.builds(Welcome, run=TEXT, heartbeat_s=st.floats(0.1, 3600.0), version=VERSIONS, history=HEADS),
-    "assignment": st.builds(Assignment, id=TEXT, round=COUNT, version=VERSIONS, plan=PLANS, history=HEADS),
+    "assignment": st.builds(Assignment, id=TEXT, round=COUNT, version=VERSIONS, plan=PLANS, history=HEADS, codec=TEXT),
     "cancel": st.builds(Cancel, assignment=TEXT, reason=TEXT),
     "new_version": st.builds(NewVersion, version=VERSIONS),
     "come_back": st.builds(ComeBack, after_s=st.none() | st.floats(0.0, 86_400.0), reason=TEXT),
@@ -108,6 +109,7 @@ HEADERS = st.builds(
     work=METRICS,
     digest=st.binary(min_size=wire.DIGEST_BYTES, max_size=wire.DIGEST_BYTES),
     offset=COUNT,
+    codec=TEXT,
 )
 RECEIPTS = st.builds(Receipt, verdict=st.sampled_from(Verdict), reason=TEXT)
 
@@ -349,3 +351,11 @@ def test_any_flipped_bit_is_found(content: bytes, data: st.DataObject) -> None:
     damaged[bit // 8] ^= 1 << bit % 8
     with pytest.raises(CorruptTransfer, match="CRC-32C"):
         wire.verified(Piece(0, bytes(damaged), crc32c(content)), 0, len(content))
+
+
+def test_of_what_a_client_can_do_no_more_is_looked_at_than_there_is() -> None:
+    current = wire.PROTOCOL_VERSION
+    hello = pb.Hello(protocol_version=current, client="alice", codecs=["x" * 10_000, *map(str, range(1000))])
+    said = wire.from_client_from_pb(pb.AttendRequest(hello=hello))
+    assert isinstance(said, Hello)
+    assert (len(said.codecs), len(said.codecs[0])) == (32, wire.WORDS)

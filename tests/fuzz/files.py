@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,12 +25,14 @@ import pyarrow.parquet as pq
 from choral import config
 from choral.address import HostPort
 from choral.errors import ConfigError, DataError, Declined, TaskError, TrustError
+from choral.messages import Verdict
 from choral.plan import Kind, Plan, Training
 from choral.table import Table
 from choral.wire import header_to_pb
 from choral_client import diary
 from choral_client.diary import Diary
 from choral_client.outbox import Outbox, Parcel
+from choral_client.residual import About, Residual
 from choral_client.work import Work
 from choral_deploy.client_commands import _config as client_config
 from choral_server import history_key
@@ -314,6 +317,38 @@ def _look(kept: Outbox) -> None:
             header_to_pb(parcel.header)
             assert isinstance(parcel.round, int)
         kept.remove(name)
+
+
+@contextmanager
+def residual(folder: Path) -> Iterator[Decode]:
+    """Either file of the residual, whatever is in it; and one of the right length, whose checksum is right."""
+    kept, about = Residual(folder), About("scope", network.ASSIGNMENT, 5)
+
+    def decode(data: bytes) -> None:
+        head, body = data[: len(data) // 2], data[len(data) // 2 :]
+        whole = b"choral-residual1" + len(head).to_bytes(4, "little") + head + body[:20].ljust(20, b"\0")
+        for content in (data, whole + zlib.crc32(whole).to_bytes(4, "little")):
+            for name in ("current", "pending"):
+                (folder / "residual").mkdir(exist_ok=True)
+                (folder / "residual" / name).write_bytes(content)
+            kept.settle("another", Verdict.ACCEPTED)
+            with kept.feedback(about, lambda assignment: False) as feedback:
+                assert sum(block.size for block in feedback.blocks()) == 5
+                feedback.keep(np.zeros(5, np.float32))
+
+    yield decode
+
+
+def residual_seeds() -> list[bytes]:
+    about = {"scope": "scope", "assignment": network.ASSIGNMENT, "size": 5}
+    with tempfile.TemporaryDirectory() as name:
+        kept = Residual(Path(name))
+        with kept.feedback(About(**about), lambda assignment: False) as feedback:  # type: ignore[arg-type]
+            feedback.keep(np.arange(5, dtype=np.float32))
+        whole = (Path(name) / "residual" / "pending").read_bytes()
+    changed = [{"size": 5.0}, {"size": "5"}, {"size": -5}, {"size": True}, {"size": 2**70}, {"scope": []}, {"more": 1}]
+    heads = [json.dumps(about | change).encode() for change in ({}, *changed)]
+    return [whole, *(head + bytes(len(head)) for head in heads), b"[" * 60_000 + bytes(60_000)]
 
 
 def _sealed(data: bytes) -> bytes:
@@ -641,6 +676,7 @@ TARGETS = [
         hostile=lambda: SAFETENSORS_HOSTILE,
     ),
     Target("file in the outbox", outbox, outbox_seeds, (), (b'"kind": "training"', b'"examples": '), hostile=outbox_hostile),
+    Target("residual of a client", residual, residual_seeds, (), (b'"size": ',)),
     Target("name of an assignment", assignment, lambda: [network.ASSIGNMENT.encode(), b"../../x", b""], (Declined,)),
     Target("status of a client", note, note_seeds, (ConfigError,), (b"Infinity", b"NaN", b'"at": '), hostile=lambda: NOTE_HOSTILE),
     Target(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fuzz import files, members, network, past
+from fuzz import files, members, network, past, payloads
 from fuzz.target import Target
 
-TARGETS: dict[str, Target] = {target.name: target for target in [*network.TARGETS, *members.TARGETS, *past.TARGETS, *files.TARGETS]}
+TARGETS: dict[str, Target] = {
+    target.name: target for target in [*network.TARGETS, *members.TARGETS, *past.TARGETS, *payloads.TARGETS, *files.TARGETS]
+}

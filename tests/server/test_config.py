@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from choral import codecs
 from choral.address import HostPort
 from choral.config import parse
 from choral.errors import ConfigError
@@ -190,6 +192,17 @@ def test_the_default_database_is_named_by_an_absolute_path(tmp_path: Path, monke
         ({"run.quarantine_after": 0}, "run.quarantine_after: 0 is not allowed: greater than or equal to 1"),
         ({"run.quarantine_after": "never"}, "run.quarantine_after: 'never' is not allowed: a valid integer"),
         ({"run.quarantine": 3}, "run.quarantine: unknown key; did you mean quarantine_after?"),
+        ({"run.compression.upload": "gzip"}, "run.compression.upload: 'gzip' is not allowed: 'none', 'bf16', 'int8' or 'topk'"),
+        ({"run.compression": {"upload": "topk", "topk_share": 0}}, "run.compression.topk_share: 0 is not allowed: greater than"),
+        ({"run.compression": {"upload": "topk", "topk_share": 0.6}}, "run.compression.topk_share: 0.6 is not allowed: less than"),
+        (
+            {"run.compression": {"upload": "int8", "topk_share": 0.1}},
+            "run.compression: topk_share is for upload: topk, and upload is int8: remove one of them",
+        ),
+        (
+            {"run.compression": {"upload": "topk"}, "run.max_update_norm": 1.0},
+            "max_update_norm contradicts compression.upload: topk, whose updates carry what earlier ones left out, too, and may be",
+        ),
         ({"run.max_update_norm": 0}, "run.max_update_norm: 0 is not allowed: greater than 0"),
         ({"run.max_update_norm": float("inf")}, "run.max_update_norm: inf is not allowed"),
         # the schedule, strategy, training and objective in it
@@ -260,6 +273,9 @@ def test_what_cannot_work_is_refused_with_the_cure(changes: dict[str, Any], told
         {"run.quarantine_after": None},
         {"run.quarantine_after": 1, "run.extension_s": 0, "run.absence_s": 0, "run.stall_s": 0.1},
         {"run.max_update_norm": 1e-9},
+        {"run.max_update_norm": 1e-9, "run.compression": {"upload": "int8", "zstd": True}},
+        {"run.compression": {"upload": "topk", "topk_share": 0.01}},
+        {"run.compression": {"zstd": True, "download": "delta"}},
         {"lease_s": 1, "spool_bytes": 0, "database": "sqlite://", "artifacts": "s3://bucket/prefix"},
     ],
 )
@@ -276,3 +292,30 @@ def test_names_of_runs(name: str) -> None:
 def test_names_that_are_no_folders_of_their_own_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"run\.name: .* is not allowed: 1 to 64 letters, digits, dots, dashes and underscores"):
         _config({"run.name": name})
+
+
+@pytest.mark.parametrize(
+    ("compression", "name"),
+    [
+        ({}, "float32"),
+        ({"upload": "none", "zstd": True}, "float32+zstd"),
+        ({"upload": "bf16"}, "bf16"),
+        ({"upload": "int8", "zstd": True}, "int8+zstd"),
+        ({"upload": "topk"}, "topk:0.05"),
+        ({"upload": "topk", "topk_share": 0.0001, "zstd": True}, "topk:0.0001+zstd"),
+    ],
+)
+def test_what_clients_are_asked_for(compression: dict[str, Any], name: str) -> None:
+    codec = _config({"run.compression": compression}).run.compression.codec
+    assert codec.name == name
+    assert codecs.parse(name) == codec
+
+
+def test_what_needs_a_package_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"zstd needs the extra compression: pip install 'choral\[compression\]'"):
+        _config({"run.compression": {"upload": "int8", "zstd": True}})
+    with pytest.raises(ConfigError, match="zstd needs the extra compression"):
+        _config({"run.compression.download": "delta"})
+    settings = _config({"run.compression": {"upload": "int8", "download": "bf16"}}).run.compression
+    assert (settings.codec.name, settings.download) == ("int8", "bf16")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from choral import codecs
+from choral.codecs import Lengths
 from choral.errors import UpdateRefused
 from choral.messages import UploadHeader
 from choral.metrics import Metric
@@ -19,16 +21,16 @@ HEADER = UploadHeader("run/3/alice", "alice", 202, Kind.TRAINING, 4000, (Metric(
 
 
 def test_how_long_a_payload_is() -> None:
-    assert payload_bytes(Kind.TRAINING, 1657, 13) == 4 * 1657
-    assert payload_bytes(Kind.STATISTICS, 1657, 13) == 8 * 27
-    assert payload_bytes(Kind.EVALUATION, 1657, 13) == 0
-    assert payload_bytes(Kind.TRAINING, 10, None) == 40
+    assert payload_bytes(Kind.TRAINING, 1657, 13) == Lengths(4 * 1657, 4 * 1657)
+    assert payload_bytes(Kind.STATISTICS, 1657, 13) == Lengths(8 * 27, 8 * 27)
+    assert payload_bytes(Kind.EVALUATION, 1657, 13) == Lengths(0, 0)
+    assert payload_bytes(Kind.TRAINING, 10, None, "float32") == Lengths(40, 40)
 
 
 def test_an_admissible_header_passes() -> None:
     for examples in (1, 202, MAX_EXAMPLES):
-        check_header(replace(HEADER, examples=examples), Kind.TRAINING, 4000, ("loss", "mse"))
-    check_header(replace(HEADER, held_out=()), Kind.TRAINING, 4000, ("loss", "mse"))
+        check_header(replace(HEADER, examples=examples), Kind.TRAINING, "", Lengths(4000, 4000), ("loss", "mse"))
+    check_header(replace(HEADER, held_out=()), Kind.TRAINING, "", Lengths(4000, 4000), ("loss", "mse"))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_an_admissible_header_passes() -> None:
 )
 def test_a_header_is_refused_before_a_byte_is_stored(change: dict[str, object], told: str) -> None:
     with pytest.raises(UpdateRefused) as refused:
-        check_header(replace(HEADER, **change), Kind.TRAINING, 4000, ("loss", "mse"))  # type: ignore[arg-type]
+        check_header(replace(HEADER, **change), Kind.TRAINING, "", Lengths(4000, 4000), ("loss", "mse"))  # type: ignore[arg-type]
     assert str(refused.value).startswith(told)
 
 
@@ -74,12 +76,12 @@ def _delta(folder: Path, values: Sequence[float] | np.ndarray) -> Path:
 def test_an_update_up_to_the_bound_is_admitted_and_no_further(tmp_path: Path, cohort_size: int) -> None:
     bound = np.float32(entry_bound(cohort_size))
     assert float(bound) == entry_bound(cohort_size)
-    check_payload(HEADER, _delta(tmp_path, [0.0, bound, -bound]), Bounds(cohort_size))
+    check_payload(HEADER, _delta(tmp_path, [0.0, bound, -bound]), Bounds(cohort_size, 3))
     for beyond in (np.nextafter(bound, np.float32(np.inf)), -np.nextafter(bound, np.float32(np.inf))):
         with pytest.raises(
             UpdateRefused, match=f"the update of alice holds .*, over the bound of {bound:g}: lower the learning rate"
         ):
-            check_payload(HEADER, _delta(tmp_path, [0.0, beyond]), Bounds(cohort_size))
+            check_payload(HEADER, _delta(tmp_path, [0.0, beyond]), Bounds(cohort_size, 2))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -88,7 +90,7 @@ def test_an_undefined_number_anywhere_is_refused(tmp_path: Path, value: float, p
     delta = np.zeros(2**20 + 5, np.float32)
     delta[place] = value
     with pytest.raises(UpdateRefused, match="the update of alice holds an infinite or undefined number: lower the learning rate"):
-        check_payload(HEADER, _delta(tmp_path, delta), Bounds(2))
+        check_payload(HEADER, _delta(tmp_path, delta), Bounds(2, len(delta)))
 
 
 STATISTICS = replace(HEADER, kind=Kind.STATISTICS)
@@ -136,13 +138,56 @@ def test_the_result_of_an_evaluation_has_no_payload_to_check(tmp_path: Path) -> 
 def test_an_update_up_to_the_largest_norm_is_admitted_and_no_further(tmp_path: Path) -> None:
     path = _delta(tmp_path, np.full(2**20 + 4, 3.0))
     norm = 3.0 * (2**20 + 4) ** 0.5
-    check_payload(HEADER, path, Bounds(2, max_norm=norm * 1.000001))
+    check_payload(HEADER, path, Bounds(2, 2**20 + 4, max_norm=norm * 1.000001))
     with pytest.raises(UpdateRefused, match=r"the update of alice has a norm of 3072.01, over run.max_update_norm 3072: lower"):
-        check_payload(HEADER, path, Bounds(2, max_norm=3072.0))
+        check_payload(HEADER, path, Bounds(2, 2**20 + 4, max_norm=3072.0))
 
 
 def test_the_names_that_a_client_gives_are_not_repeated_by_the_yard() -> None:
     header = replace(HEADER, work=tuple(Metric("x" * 10_000, 1.0, 1) for _ in range(32)))
     with pytest.raises(UpdateRefused) as refused:
-        check_header(header, Kind.TRAINING, 4000, ("loss",))
+        check_header(header, Kind.TRAINING, "", Lengths(4000, 4000), ("loss",))
     assert len(str(refused.value)) < 3000
+
+
+def _encoded(folder: Path, values: np.ndarray, codec: str) -> Path:
+    path = folder / "0.upload"
+    path.write_bytes(b"".join(codecs.encoded(codecs.blocks(values), codecs.parse(codec), codecs.rng_of(0))))
+    return path
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "topk:0.1", "int8+zstd", "topk:0.1+zstd"])
+def test_an_encoded_update_is_held_against_the_same_bounds(tmp_path: Path, codec: str) -> None:
+    header, values = replace(HEADER, codec=codec), np.zeros(1000, np.float32)
+    values[999] = bound = entry_bound(2)
+    check_payload(header, _encoded(tmp_path, values, codec), Bounds(2, 1000))
+    values[999] = 2 * bound
+    with pytest.raises(UpdateRefused, match=f"the update of alice holds {2 * bound:g}, over the bound of {bound:g}"):
+        check_payload(header, _encoded(tmp_path, values, codec), Bounds(2, 1000))
+    values[999] = np.inf
+    with pytest.raises(UpdateRefused, match=r"alice .*infinite"):
+        check_payload(header, _encoded(tmp_path, values, codec), Bounds(2, 1000))
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "topk:0.1", "float32+zstd"])
+def test_a_payload_of_a_codec_that_is_none_is_refused(tmp_path: Path, codec: str) -> None:
+    path = _encoded(tmp_path, np.ones(1000, np.float32), codec)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UpdateRefused, match=f"alice sends no {codec.replace('+', '.')} update: "):
+        check_payload(replace(HEADER, codec=codec), path, Bounds(2, 1000))
+
+
+def test_only_the_codec_that_was_asked_for_is_taken() -> None:
+    expected = payload_bytes(Kind.TRAINING, 1000, None, "int8")
+    header = replace(HEADER, codec="int8", payload_bytes=1016)
+    check_header(header, Kind.TRAINING, "int8", expected, ("loss",))
+    check_header(replace(HEADER, codec="float32"), Kind.TRAINING, "", Lengths(4000, 4000), ("loss",))
+    for told in ("", "bf16", "no codec"):
+        with pytest.raises(UpdateRefused, match=f"alice sends its result as {told or 'float32'}; int8 was asked for"):
+            check_header(replace(header, codec=told), Kind.TRAINING, "int8", expected, ("loss",))
+    with pytest.raises(UpdateRefused, match="alice announces 1017 bytes; the model's result has 1016"):
+        check_header(replace(header, payload_bytes=1017), Kind.TRAINING, "int8", expected, ("loss",))
+    topk = payload_bytes(Kind.TRAINING, 1000, None, "topk:0.1")
+    assert topk == Lengths(5, 307)
+    with pytest.raises(UpdateRefused, match="alice announces 308 bytes; the model's result has 5 to 307"):
+        check_header(replace(header, codec="topk:0.1", payload_bytes=308), Kind.TRAINING, "topk:0.1", topk, ("loss",))

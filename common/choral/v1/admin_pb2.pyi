@@ -1035,6 +1035,8 @@ class Part(google.protobuf.message.Message):
     EXAMPLES_FIELD_NUMBER: builtins.int
     HELD_OUT_FIELD_NUMBER: builtins.int
     WORK_FIELD_NUMBER: builtins.int
+    CODEC_FIELD_NUMBER: builtins.int
+    PAYLOAD_BYTES_FIELD_NUMBER: builtins.int
     assignment: builtins.str
     """Id of the assignment."""
     client: builtins.str
@@ -1045,6 +1047,10 @@ class Part(google.protobuf.message.Message):
     """Why it was declined, refused or cancelled."""
     examples: builtins.int
     """Weight of the update. Unit: examples."""
+    codec: builtins.str
+    """How the client was asked to encode its update, e.g. "float32" or "int8"; empty where no update was asked for."""
+    payload_bytes: builtins.int
+    """Length of the accepted result's payload, as it was sent. Unit: bytes."""
     @property
     def held_out(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[choral.v1.model_pb2.Metric]:
         """Metrics of the version that the round started from, on the client's held-out examples."""
@@ -1063,8 +1069,10 @@ class Part(google.protobuf.message.Message):
         examples: builtins.int = ...,
         held_out: collections.abc.Iterable[choral.v1.model_pb2.Metric] | None = ...,
         work: collections.abc.Iterable[choral.v1.model_pb2.Metric] | None = ...,
+        codec: builtins.str = ...,
+        payload_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "examples", b"examples", "held_out", b"held_out", "reason", b"reason", "state", b"state", "work", b"work"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "codec", b"codec", "examples", b"examples", "held_out", b"held_out", "payload_bytes", b"payload_bytes", "reason", b"reason", "state", b"state", "work", b"work"]) -> None: ...
 
 global___Part = Part
 

@@ -212,6 +212,7 @@ class Hello(google.protobuf.message.Message):
     EXAMPLES_FIELD_NUMBER: builtins.int
     SOFTWARE_FIELD_NUMBER: builtins.int
     HISTORY_FIELD_NUMBER: builtins.int
+    CODECS_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """The contract's version that the client speaks. This file describes version 2."""
     client: builtins.str
@@ -234,6 +235,10 @@ class Hello(google.protobuf.message.Message):
     def history(self) -> global___Head:
         """The newest head of the coordinator's history that this client was handed; absent if it was handed none."""
 
+    @property
+    def codecs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What the client can do to send an update in fewer bytes, e.g. "int8", "zstd"; names that the coordinator does not know do no harm."""
+
     def __init__(
         self,
         *,
@@ -246,9 +251,10 @@ class Hello(google.protobuf.message.Message):
         examples: builtins.int = ...,
         software: builtins.str = ...,
         history: global___Head | None = ...,
+        codecs: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["history", b"history", "manifest", b"manifest"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["client", b"client", "examples", b"examples", "history", b"history", "instance", b"instance", "manifest", b"manifest", "protocol_version", b"protocol_version", "software", b"software", "task", b"task", "task_version", b"task_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "codecs", b"codecs", "examples", b"examples", "history", b"history", "instance", b"instance", "manifest", b"manifest", "protocol_version", b"protocol_version", "software", b"software", "task", b"task", "task_version", b"task_version"]) -> None: ...
 
 global___Hello = Hello
 
@@ -372,10 +378,15 @@ class Assignment(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     PLAN_FIELD_NUMBER: builtins.int
     HISTORY_FIELD_NUMBER: builtins.int
+    CODEC_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Unique; names the result when it is uploaded."""
     round: builtins.int
     """The round, counted from 0 within the run."""
+    codec: builtins.str
+    """How an update is to be encoded, of what the client has offered; see UploadHeader.codec. Empty: as PayloadKind says. It is no part
+    of the plan: what is asked of all clients of a round is the same, and each is asked for what it can encode.
+    """
     @property
     def version(self) -> choral.v1.model_pb2.ModelVersion:
         """The version to start from."""
@@ -396,9 +407,10 @@ class Assignment(google.protobuf.message.Message):
         version: choral.v1.model_pb2.ModelVersion | None = ...,
         plan: global___Plan | None = ...,
         history: global___Head | None = ...,
+        codec: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["history", b"history", "plan", b"plan", "version", b"version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["history", b"history", "id", b"id", "plan", b"plan", "round", b"round", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codec", b"codec", "history", b"history", "id", b"id", "plan", b"plan", "round", b"round", "version", b"version"]) -> None: ...
 
 global___Assignment = Assignment
 
@@ -528,26 +540,30 @@ class DownloadRequest(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
     CLIENT_FIELD_NUMBER: builtins.int
+    FORM_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Number of the version."""
     offset: builtins.int
-    """Where to begin in the checkpoint file. Unit: bytes."""
+    """Where to begin in the file. Unit: bytes."""
     client: builtins.str
     """Name of the client that fetches it, so that a download that advances is not taken for a client that stands still."""
+    form: builtins.str
+    """Name of the form to fetch, of ModelVersion.forms; empty: the checkpoint file."""
     def __init__(
         self,
         *,
         version: builtins.int = ...,
         offset: builtins.int = ...,
         client: builtins.str = ...,
+        form: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["client", b"client", "offset", b"offset", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "form", b"form", "offset", b"offset", "version", b"version"]) -> None: ...
 
 global___DownloadRequest = DownloadRequest
 
 @typing.final
 class DownloadResponse(google.protobuf.message.Message):
-    """A piece of the checkpoint file."""
+    """A piece of the file."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -616,6 +632,7 @@ class UploadHeader(google.protobuf.message.Message):
     DIGEST_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
+    CODEC_FIELD_NUMBER: builtins.int
     assignment: builtins.str
     """The assignment that it answers."""
     client: builtins.str
@@ -632,6 +649,17 @@ class UploadHeader(google.protobuf.message.Message):
     """Where the first chunk begins: 0, or at most what ResumeUpload answered. Unit: bytes."""
     content: builtins.bytes
     """The whole payload, if it has at most 64 KiB: then nothing follows, neither chunk nor trailer."""
+    codec: builtins.str
+    """How the payload of kind PAYLOAD_KIND_DELTA is encoded; must be the assignment's codec. Empty or "float32": as the kind says. The
+    vector is cut into blocks of 2^18 elements, the last one shorter, and each is encoded on its own:
+    "bf16": the upper halves of the float32 values, rounded to nearest, ties to even.
+    "int8": a float32 scale for each 256 elements, the last of them for fewer; then an int8 for each element. Value: scale * integer.
+    "topk:SHARE": ceil(SHARE * elements) values as in bf16, in the order of their places; then the places: for each, how many elements
+    are skipped since the last one, as bytes that are added up until one is not 255. All other elements are 0.
+    With "+zstd" behind one of these: the encoded block's first, second, … bytes of all numbers (of 4 bytes in float32, 2 in bf16, 1
+    otherwise), as one Zstandard frame that tells the size of its content.
+    Before each block of topk, and of all that ends in +zstd, stands its length: 4 bytes.
+    """
     @property
     def held_out(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[choral.v1.model_pb2.Metric]:
         """Metrics of the version that the client started from, on its held-out examples, if the plan asks and it has any."""
@@ -653,8 +681,9 @@ class UploadHeader(google.protobuf.message.Message):
         digest: builtins.bytes = ...,
         offset: builtins.int = ...,
         content: builtins.bytes = ...,
+        codec: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "content", b"content", "digest", b"digest", "examples", b"examples", "held_out", b"held_out", "offset", b"offset", "payload", b"payload", "payload_bytes", b"payload_bytes", "work", b"work"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "codec", b"codec", "content", b"content", "digest", b"digest", "examples", b"examples", "held_out", b"held_out", "offset", b"offset", "payload", b"payload", "payload_bytes", b"payload_bytes", "work", b"work"]) -> None: ...
 
 global___UploadHeader = UploadHeader
 

@@ -143,6 +143,7 @@ class ModelVersion(google.protobuf.message.Message):
     DIGEST_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
+    FORMS_FIELD_NUMBER: builtins.int
     number: builtins.int
     """Counts up from 0 (the initial weights) within a run."""
     digest: builtins.bytes
@@ -151,6 +152,10 @@ class ModelVersion(google.protobuf.message.Message):
     """Length of the checkpoint file (safetensors). Unit: bytes."""
     content: builtins.bytes
     """The checkpoint file, if it has at most 64 KiB and was not sent before on the same stream; empty: it is to be fetched."""
+    @property
+    def forms(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___VersionForm]:
+        """Other files in which it can be fetched, for a client that knows them and has their base. Whoever does not, fetches the version."""
+
     def __init__(
         self,
         *,
@@ -158,10 +163,50 @@ class ModelVersion(google.protobuf.message.Message):
         digest: builtins.bytes = ...,
         size_bytes: builtins.int = ...,
         content: builtins.bytes = ...,
+        forms: collections.abc.Iterable[global___VersionForm] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["content", b"content", "digest", b"digest", "number", b"number", "size_bytes", b"size_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "digest", b"digest", "forms", b"forms", "number", b"number", "size_bytes", b"size_bytes"]) -> None: ...
 
 global___ModelVersion = ModelVersion
+
+@typing.final
+class VersionForm(google.protobuf.message.Message):
+    """A file of fewer bytes of which a version's checkpoint file is made. It begins with the checkpoint file's own first bytes: the length
+    of the safetensors header, and the header. All numbers are little-endian.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    BASE_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """How it is made.
+    "bf16": then the tensors, in their order; float32 tensors that are averaged are the upper halves of the values, rounded to
+    nearest, ties to even. What is made of it has zeros for the lower halves.
+    "delta": then the tensors' bytes as words of 4 bytes, less those of the base, in blocks of 2^18 words, the last one shorter and
+    filled with zeros. A difference d, as a signed integer of 32 bits, is written as (d << 1) ^ (d >> 31). Of each block first the
+    lowest byte of each word, then the next, …, as one Zstandard frame that tells the size of its content, behind the frame's length,
+    4 bytes. What is made of it is the version.
+    """
+    size_bytes: builtins.int
+    """Its length. Unit: bytes."""
+    digest: builtins.bytes
+    """SHA-256 of the checkpoint file that is made of it. Unit: 32 raw bytes."""
+    base: builtins.bytes
+    """SHA-256 of the checkpoint file that must be at hand; empty: none need be. Unit: 32 raw bytes."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        size_bytes: builtins.int = ...,
+        digest: builtins.bytes = ...,
+        base: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base", b"base", "digest", b"digest", "name", b"name", "size_bytes", b"size_bytes"]) -> None: ...
+
+global___VersionForm = VersionForm
 
 @typing.final
 class Chunk(google.protobuf.message.Message):
