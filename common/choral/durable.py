@@ -53,7 +53,7 @@ class Steadily:
         finally:
             os.close(self._descriptor)
 
-    def write(self, data: bytes | memoryview, offset: int) -> None:
+    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write bytes at a place, of which nothing else is written."""
         left = memoryview(data)
         while left:

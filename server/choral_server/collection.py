@@ -325,7 +325,7 @@ class Collection:
         if part.state not in OPEN_PARTS:
             return receipt_after(part)
         try:
-            check_header(header, self.round.kind, self._payload_bytes(), (LOSS, *self.run.model.task.metrics))
+            check_header(header, self.round.kind, self._payload_bytes(), (LOSS, *self.run.model.blueprint.metrics))
         except UpdateRefused as error:
             self.reject(header, str(error))
             raise

@@ -19,7 +19,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def test_every_type_that_can_be_sent_has_its_size() -> None:
-    assert ITEM_BYTES == {name: dtype.itemsize for dtype, name in DTYPES.items()}
+    assert {name: dtype.itemsize for dtype, name in DTYPES.items()} == ITEM_BYTES
 
 
 @pytest.mark.parametrize("name", FLOATS)
