@@ -28,12 +28,13 @@ class TaskProcess:
         with theirs:
             self._process = launch(theirs.fileno())
         self._asking = asyncio.Lock()
+        self._given_up = False
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     @property
     def running(self) -> bool:
-        """Whether it still runs."""
-        return self._process.poll() is None
+        """Whether it still runs, and nobody has given up an answer."""
+        return not self._given_up and self._process.poll() is None
 
     async def ask(self, what: str, **more: Any) -> Any:
         """The answer. Raises what it raised – a ChoralError or OSError –, or TaskProcessGone: it ended before it answered."""
@@ -41,7 +42,8 @@ class TaskProcess:
             try:
                 told = await self._exchange({"what": what} | more)
             except asyncio.CancelledError:
-                self._process.kill()  # or the next to ask would get this answer
+                self._given_up = True  # or the next to ask would get this answer
+                self._process.kill()
                 raise
             except (EOFError, ConnectionError) as error:
                 raise TaskProcessGone(f"the process that runs the task's code {await self._ending()}") from error
