@@ -92,6 +92,16 @@ async def test_a_step_gives_what_torch_would(tmp_path: Path, monkeypatch: pytest
     assert not torch.equal(load_file(tmp_path / "1.safetensors")["of_bfloat16"], before["of_bfloat16"])
 
 
+async def test_a_model_of_several_blocks_has_no_seam(tmp_path: Path) -> None:
+    model = await _begun(tmp_path, lambda: nn.Linear(600_000, 1))
+    change = np.arange(model.manifest.size, dtype=np.float32)
+    digest = model.write_trained(tmp_path / "1.safetensors", METADATA, _moved(change))
+    content = (tmp_path / "1.safetensors").read_bytes()
+    assert digest == hashlib.sha256(content).digest()
+    before = load_file(tmp_path / "0.safetensors")
+    assert content == save(unflatten(flatten(before, model.manifest) + change, before, model.manifest), METADATA)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 async def test_statistics_fill_the_layer_as_torch_would(tmp_path: Path, dtype: torch.dtype) -> None:
     model = await _begun(tmp_path, lambda: _standardized().to(dtype))
