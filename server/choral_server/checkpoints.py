@@ -72,6 +72,7 @@ class Checkpoints:
         weights, state = aside(self.path(number)), aside(self._state_path(number))
         with _writing(self.path(number)):
             make_folder_durably(self._local)
+            state.unlink(missing_ok=True)  # that of a draft that was never published
             with _whole_or_gone(weights, state):
                 digest = await make(weights, state)
             return Draft(VersionRef(number, digest, weights.stat().st_size), state.exists())

@@ -182,8 +182,8 @@ class Run:
     def make_version(self, aggregate: WeightedSum | StatisticsSum, weights: Path, state: Path) -> bytes:
         """Write the next version, and the optimizer's state, from what a round collected; the version's SHA-256.
 
-        Goes through the model in blocks, and reads each of the present version only then. Slow for large models: call it in a
-        thread. Raises OSError.
+        Goes through the model in blocks: neither the present weights nor the next are ever whole in memory. Slow for large models:
+        call it in a thread. Raises OSError.
         """
         metadata = self._metadata(self.record.latest + 1)
         if isinstance(aggregate, StatisticsSum):
