@@ -63,7 +63,7 @@ async def serve(
     try:
         return await _serve(config, code, ready)
     finally:
-        code.end()
+        await code.end()
 
 
 async def _serve(config: ServerConfig, code: HostedTask, ready: Callable[[HostPort], None]) -> int:

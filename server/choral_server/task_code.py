@@ -61,23 +61,25 @@ class HostedTask:
 
     def rest(self) -> None:
         """Nothing is wanted of it for now."""
-        if self._asked["test_set"] is None:
-            self.end()
-
-    def end(self) -> None:
-        """Let the process end."""
-        if self._process is not None:
+        if self._process is not None and self._asked["test_set"] is None:
             self._process.end()
             self._process = None
+
+    async def end(self) -> None:
+        """Let the process end, and wait until it has."""
+        if self._process is not None:
+            ending, self._process = self._process, None
+            ending.end()
+            await ending.gone()
 
     async def _there(self) -> TaskProcess:
         """The process; a new one if it has ended. Raises ConfigError: the task is another meanwhile."""
         if self._process is not None and self._process.running:
             return self._process
-        self.end()
+        await self.end()
         started = TaskProcess()
         self._process = started
         if Blueprint.from_json(await started.ask("open", **self._asked)) != self._opened:
-            self.end()
+            await self.end()
             raise ConfigError(f"task {self._asked['task']!r} is not what it was when the coordinator started: start it again")
         return started

@@ -70,13 +70,17 @@ class TaskProcess:
         return f"was ended by {signal.Signals(-code).name} before it answered: see whether this machine has memory enough"
 
     def end(self) -> None:
-        """Make it end."""
+        """Make it end; `gone` waits until it has."""
         if self._streams is not None:
             self._streams[1].close()
         else:
             self._connection.close()
         self._process.kill()
         threading.Thread(target=self._process.wait, daemon=True).start()  # its memory takes a while to be given back
+
+    async def gone(self) -> None:
+        """Wait until nothing is left of it."""
+        await asyncio.to_thread(self._process.wait)
 
 
 def launch(descriptor: int) -> subprocess.Popen[bytes]:

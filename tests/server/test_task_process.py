@@ -63,7 +63,7 @@ async def hosted(reference: str = "plane:task", test_set: Path | None = None) ->
     try:
         yield code
     finally:
-        code.end()
+        await code.end()
 
 
 def pid(code: HostedTask) -> int:
