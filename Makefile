@@ -54,6 +54,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/stragglers.py
 	$(BIN)/python benchmarks/uploads.py
 	$(BIN)/python benchmarks/flood.py
+	$(BIN)/python benchmarks/startup.py
 
 # The same work on Flower and NVFlare, which are installed in virtual environments of their own: make bench-peers ROWS=all
 ROWS ?= small-2 100mb-2

@@ -4,33 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
 
-import torch
 from choral import Table, Task, Training
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 BATCHES = 10  # the rows of the shard; work that is not wanted any more ends after a batch, as any training does
-
-
-class Descent:
-    """All of an optimizer that is called; torch.optim's would spend two seconds of each process on importing torch's compiler."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
-        self._parameters, self._learning_rate = list(parameters), learning_rate
-
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Go down."""
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.sub_(parameter.grad, alpha=self._learning_rate)
 
 
 def loss(prediction: Tensor, y: Tensor) -> Tensor:
@@ -45,5 +24,4 @@ task = Task(
     loss=loss,
     load=Table(["x"], target="y"),
     training=Training(epochs=1, batch_size=1, learning_rate=0.001),
-    optimizer=Descent,  # type: ignore[arg-type]
 )

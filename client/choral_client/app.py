@@ -6,6 +6,7 @@ import asyncio
 import random
 import secrets
 import signal
+import threading
 
 import structlog
 from choral import __version__
@@ -22,6 +23,7 @@ from choral_client.guard import address_towards
 from choral_client.guard_file import GuardFile
 from choral_client.membership import belonging, keep
 from choral_client.oversight import Oversight
+from choral_client.train import make_ready
 from choral_client.transport import GrpcTransport
 from choral_client.work import Work, set_threads
 
@@ -69,6 +71,7 @@ async def attend(config: ClientConfig) -> None:
         oversight=oversight,
     )
     life = asyncio.create_task(agent.live())
+    threading.Thread(target=make_ready, args=(task,), daemon=True).start()  # while it connects and waits for its first round
     keeping = asyncio.create_task(keep(known.identity, transport, random.Random())) if known.identity is not None else None  # noqa: S311
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

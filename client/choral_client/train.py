@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from torch.utils.data import Dataset
 
 class Stopped(BaseException):  # not an error of the task's code, so `user_code` lets it pass
     """The work is no longer wanted."""
+
+
+def make_ready(task: Task) -> None:
+    """Make the task's optimizer once: the first of torch.optim imports torch's compiler, for which a round would have to wait."""
+    with suppress(Exception):  # if it cannot be made, the round says so
+        task.optimizer([nn.Parameter(torch.zeros(1))], task.training.learning_rate)
 
 
 def fit(

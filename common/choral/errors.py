@@ -3,6 +3,7 @@
     ChoralError
     ├── ConfigError          a configuration file or flag is wrong
     ├── TaskError            task code cannot be found, or raised
+    │   └── TaskProcessGone      the process that runs it has ended             (try again)
     ├── DataError            a shard or test set cannot be used
     ├── AddressError         an address cannot be listened on
     ├── TrustError           a certificate or key cannot be used
@@ -58,6 +59,12 @@ class TaskError(ChoralError):
     """Task code cannot be found, or it raised."""
 
     exit_code = 3
+
+
+class TaskProcessGone(TaskError):
+    """The process that runs the task's code ended before it had done what it was asked."""
+
+    retryable = True
 
 
 class DataError(ChoralError):

@@ -6,15 +6,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
 
 from choral.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd  # else imported by who reads a file: a coordinator has none, and waits for the import of its task
 
 _COLUMNS, _LONGEST_LINE = 10_000, 1 << 20
 _CLASSES = 2**31  # no network tells so many apart
@@ -50,6 +52,8 @@ class Table:
         return TensorDataset(x, torch.from_numpy(y.astype(np.int64)))
 
     def _numbers(self, frame: pd.DataFrame, path: Path) -> NDArray[np.float64]:
+        import pandas as pd
+
         columns = [*self.features, self.target]
         missing = [name for name in columns if name not in frame.columns]
         if missing:
@@ -91,6 +95,8 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     with path.open("rb") as file:
         if file.readline(_LONGEST_LINE).count(b",") >= _COLUMNS:  # pandas takes for ever to tell apart so many of one name
             raise DataError(f"{path}: has more than {_COLUMNS} columns; is it a table?")
@@ -109,6 +115,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from choral.descent import Descent, Optimizer
 from choral.errors import ChoralError, TaskError
 from choral.plan import Training
 
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 
-def sgd(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """Plain stochastic gradient descent."""
-    return torch.optim.SGD(parameters, lr=learning_rate)
-
-
 @dataclass(frozen=True)
 class Task:
     """A model, its loss, its metrics and its data loading.
@@ -34,7 +30,8 @@ class Task:
     `load` turns the path of a shard into a dataset of pairs (x, y): a `choral.Table`, or any function that returns a map-style
     `torch.utils.data.Dataset` (a TensorDataset trains fastest). `loss(prediction, y)` is the mean over the batch. Each metric
     is a function (prediction, y) -> number over all examples measured. `training` holds the defaults that a coordinator's
-    configuration may override. `optimizer(parameters, learning_rate)` is made anew in each round.
+    configuration may override. `optimizer(parameters, learning_rate)` is made anew in each round; it is any of torch.optim, or
+    whatever has its `zero_grad()` and `step()`.
     """
 
     name: str
@@ -43,7 +40,7 @@ class Task:
     load: Callable[[Path], Dataset[Any]]
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor | float]] = field(default_factory=dict)
     training: Training = Training()
-    optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = sgd
+    optimizer: Callable[[Iterable[nn.Parameter], float], Optimizer] = Descent
     version: str = "1"
 
     def initial_model(self, seed: int) -> nn.Module:

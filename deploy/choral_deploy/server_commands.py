@@ -25,16 +25,19 @@ def server(
     """Run a coordinator until it is told to end (SIGTERM lets the round under way finish)."""
     if context.invoked_subcommand is not None:
         return
+    from choral_server.task_process import TaskProcess
+
+    process = TaskProcess()  # first: it imports torch while this one imports all the rest
     from choral_server.config import load
 
-    settings = load(config)  # before torch is imported: a mistake shows at once
+    settings = load(config)
     from choral import logs
     from choral_server.app import serve
 
     from choral_deploy.ending import leave
 
     logs.configure(log_format, log_level)
-    leave(asyncio.run(serve(settings)))
+    leave(asyncio.run(serve(settings, process=process)))
 
 
 @app.command()

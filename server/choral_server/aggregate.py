@@ -49,9 +49,9 @@ class WeightedSum:
         self._weight += weight
         self.contained |= {part.assignment}
 
-    def mean(self) -> NDArray[np.float64]:
-        """The mean of what was folded, weighted by examples, `(size,)`."""
-        return np.multiply(self._sum, self._cap / (self._weight * 2.0**FRACTION_BITS), dtype=np.float64)
+    def mean(self, start: int = 0, stop: int | None = None) -> NDArray[np.float64]:
+        """The mean of what was folded, weighted by examples: of the elements from `start` to `stop`, or of all `(size,)`."""
+        return np.multiply(self._sum[start:stop], self._cap / (self._weight * 2.0**FRACTION_BITS), dtype=np.float64)
 
     def save(self, path: Path) -> None:
         """Write the sum so that it is there, whole, when this returns: a line of JSON, then the integers, little-endian."""

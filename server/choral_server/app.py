@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,11 +16,11 @@ from choral.address import HostPort
 from choral.durable import write_durably
 from choral.errors import ConfigError, Revoked
 from choral.metrics import LOSS
-from choral.task import Task, load_task
 
 from choral_server import failpoints
 from choral_server.admin import AdminService
 from choral_server.artifacts import Artifacts, open_artifacts
+from choral_server.blueprint import Blueprint
 from choral_server.checkpoints import Checkpoints
 from choral_server.collection import House
 from choral_server.config import Enrolment, ServerConfig
@@ -38,6 +38,8 @@ from choral_server.sessions import Sessions
 from choral_server.spool import Spool
 from choral_server.state_folder import locked
 from choral_server.store import Store
+from choral_server.task_code import HostedTask
+from choral_server.task_process import TaskProcess
 from choral_server.transfers import Transfers
 from choral_server.troubles import Troubles
 from choral_server.trust import Authority
@@ -46,33 +48,57 @@ log = structlog.get_logger()
 _LINGER_S = 0.3  # a reader that still acknowledges what it reads would lose the rest of it to a closed socket
 
 
-async def serve(config: ServerConfig, ready: Callable[[HostPort], None] = lambda address: None) -> int:
+async def serve(
+    config: ServerConfig,
+    ready: Callable[[HostPort], None] = lambda address: None,
+    process: TaskProcess | None = None,
+) -> int:
     """Run the coordinator until SIGTERM or, if configured, until the run is over. Returns the exit code.
 
-    `ready` is called with the address in use once clients can come. Raises ConfigError, TaskError, DataError, AddressError,
-    TrustError, or LeaseLost: another coordinator has taken over.
+    `ready` is called with the address in use once clients can come. `process` is where the task's code is to run; whoever starts it
+    before importing this module has it ready earlier. Raises ConfigError, TaskError, DataError, AddressError, TrustError, or
+    LeaseLost: another coordinator has taken over.
     """
+    code = HostedTask(process or TaskProcess(), config.task, config.run.seed, config.evaluation.test_set)
+    try:
+        return await _serve(config, code, ready)
+    finally:
+        await code.end()
+
+
+async def _serve(config: ServerConfig, code: HostedTask, ready: Callable[[HostPort], None]) -> int:
     failpoints.check()
-    task = load_task(config.task)
-    test_set = task.examples(config.evaluation.test_set) if config.evaluation.test_set is not None else None
-    _check_objective(config.run.objective.metric, task)
-    troubles = Troubles()
-    with locked(config.state):
-        artifacts = await open_artifacts(config.artifacts, config.state)
-        async with _stored(config, troubles) as (store, lease):
-            runs = Runs(config, task, test_set, store, _checkpoints(config, artifacts), troubles)
-            last = await _work(config, runs, store, lease, troubles, ready)
+    opening = asyncio.create_task(code.open())  # meanwhile the database is opened
+    try:
+        troubles = Troubles()
+        with locked(config.state):
+            artifacts = await open_artifacts(config.artifacts, config.state)
+            async with _stored(config, troubles, opening) as (store, lease):
+                _check_objective(config.run.objective.metric, code.blueprint)
+                runs = Runs(config, code, store, _checkpoints(config, artifacts), troubles)
+                last = await _work(config, runs, code, store, lease, troubles, ready)
+    finally:
+        opening.cancel()
+        with suppress(asyncio.CancelledError, Exception):  # what it raised has been raised, or something else has
+            await opening
     log.info("coordinator ends", run=last.name, state=last.state.value)
     return 1 if last.state is RunState.FAILED else 0
 
 
 async def _work(
-    config: ServerConfig, runs: Runs, store: Store, lease: Lease, troubles: Troubles, ready: Callable[[HostPort], None]
+    config: ServerConfig,
+    runs: Runs,
+    code: HostedTask,
+    store: Store,
+    lease: Lease,
+    troubles: Troubles,
+    ready: Callable[[HostPort], None],
 ) -> RunRecord:
     """Serve clients and operators, and conduct runs until it is enough; the last of them."""
     run = await runs.open(now())
-    task = run.model.task
-    sessions = Sessions(task.name, task.version, run.model.manifest)
+    code.rest()
+    task = code.blueprint
+    sessions = Sessions(task.task, task.version, task.manifest)
     membership = _membership(config, store)
     transfers = Transfers(config.limits.transfer_bytes)
     house = House(store, sessions, transfers, troubles, config.spool_bytes, now)
@@ -87,7 +113,7 @@ async def _work(
     address = await doors.open()
     conducting = asyncio.create_task(_conduct(coordinator, config))
     _drain_on_signals(coordinator, conducting, config.drain_s)
-    log.info("coordinator ready", address=str(address), run=run.record.name, task=task.name, tls=config.tls is not None)
+    log.info("coordinator ready", address=str(address), run=run.record.name, task=task.task, tls=config.tls is not None)
     ready(address)
     try:
         await _until_over(coordinator, conducting, lease)
@@ -162,13 +188,14 @@ async def _conduct(coordinator: Coordinator, config: ServerConfig) -> None:
 
 
 @asynccontextmanager
-async def _stored(config: ServerConfig, troubles: Troubles) -> AsyncIterator[tuple[Store, Lease]]:
-    """The database, which no other coordinator may use meanwhile, and what is in it."""
+async def _stored(config: ServerConfig, troubles: Troubles, task_open: Awaitable[None]) -> AsyncIterator[tuple[Store, Lease]]:
+    """The database, which no other coordinator may use meanwhile, and what is in it; with a task that can be used."""
     database = await Database.open(config.database_url, troubles)
     try:
         lease = await Lease.take(database, _holder(config.state), config.lease_s)
         async with _given_up(lease, config.drain_s):
             store = await Store.open(database, lease, await key_for(config.state, database))
+            await task_open
             await store.configure(configuration(config, database.name))
             async with _flushed(store, config.drain_s):
                 yield store, lease
@@ -209,7 +236,7 @@ def _checkpoints(config: ServerConfig, artifacts: Artifacts) -> Callable[[str], 
     return lambda run: Checkpoints(artifacts, config.state, run, config.run.keep_versions)
 
 
-def _check_objective(metric: str, task: Task) -> None:
+def _check_objective(metric: str, task: Blueprint) -> None:
     known = (LOSS, *task.metrics)
     if metric not in known:
-        raise ConfigError(f"run.objective.metric: {metric!r} is not measured by task {task.name}; it has {', '.join(known)}")
+        raise ConfigError(f"run.objective.metric: {metric!r} is not measured by task {task.task}; it has {', '.join(known)}")

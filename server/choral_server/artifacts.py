@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Protocol
 
-from choral.durable import sync_folder, write_durably
+from choral.durable import make_folder_durably, sync_folder, write_durably
 from choral.errors import ArtifactsGone, ConfigError, UnknownArtifact
 
 from choral_server.offload import offload
@@ -20,8 +21,14 @@ class Artifacts(Protocol):
     async def put(self, key: str, content: bytes) -> None:
         """Keep `content` under `key`, in place of what was there: whole or not at all, and for good when this returns."""
 
+    async def put_file(self, key: str, path: Path) -> None:
+        """Keep the file at `path`, which is on the disk for good, as `put` keeps bytes; a store that is a folder takes it away."""
+
     async def get(self, key: str) -> bytes:
         """What is kept under `key`. Raises UnknownArtifact."""
+
+    async def get_file(self, key: str, path: Path) -> None:
+        """Write what is kept under `key` to a new file at `path`. Raises UnknownArtifact."""
 
     async def delete(self, key: str) -> None:
         """Keep nothing under `key`."""
@@ -46,10 +53,20 @@ class FolderArtifacts:
         """Keep `content`; file and name are on the disk when this returns."""
         path = self._folder / key
         try:
-            _make_durably(path.parent)
+            make_folder_durably(path.parent)
             await offload(len(content), write_durably, path, content)
         except OSError as error:
             raise ArtifactsGone(f"{path} cannot be written ({error.strerror})") from error
+
+    async def put_file(self, key: str, path: Path) -> None:
+        """Give the file at `path`, which is on the same disk, its name; it may have it already."""
+        there = self._folder / key
+        try:
+            make_folder_durably(there.parent)
+            path.replace(there)
+            sync_folder(there.parent)
+        except OSError as error:
+            raise ArtifactsGone(f"{there} cannot be written ({error.strerror})") from error
 
     async def get(self, key: str) -> bytes:
         """What is kept under `key`."""
@@ -60,6 +77,16 @@ class FolderArtifacts:
             raise UnknownArtifact(f"{path} does not exist") from error
         except OSError as error:
             raise ArtifactsGone(f"{path} cannot be read ({error.strerror})") from error
+
+    async def get_file(self, key: str, path: Path) -> None:
+        """Copy the file."""
+        there = self._folder / key
+        try:
+            await asyncio.to_thread(shutil.copyfile, there, path)
+        except FileNotFoundError as error:
+            raise UnknownArtifact(f"{there} does not exist") from error
+        except OSError as error:
+            raise ArtifactsGone(f"{there} cannot be copied to {path} ({error.strerror})") from error
 
     async def delete(self, key: str) -> None:
         """Keep nothing under `key`."""
@@ -109,11 +136,3 @@ async def open_artifacts(url: str | None, folder: Path) -> Artifacts:
             f"artifacts: {error}: see that the bucket exists, and that the AWS_* credentials may read, write and delete in it"
         ) from error
     return store
-
-
-def _make_durably(folder: Path) -> None:
-    """Make a folder, and those above it, so that their names are there to stay."""
-    if not folder.is_dir():
-        _make_durably(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)

@@ -327,7 +327,7 @@ class Collection:
         if part.state not in OPEN_PARTS:
             return receipt_after(part)
         try:
-            measured = (LOSS, *self.run.model.task.metrics)
+            measured = (LOSS, *self.run.model.blueprint.metrics)
             check_header(header, self.round.kind, part.codec, self._payload_bytes(part.codec), measured)
         except UpdateRefused as error:
             self.reject(header, str(error))

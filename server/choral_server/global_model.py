@@ -1,85 +1,97 @@
-"""The model that the federation trains, as the coordinator holds it."""
+"""The model that the federation trains, as the coordinator holds it: on the disk."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
+from choral.elements import Buffer, decode, encode
 from choral.errors import ConfigError
-from choral.evaluation import evaluate
-from choral.flat import describe, flatten, unflatten
-from choral.metrics import Metric
-from choral.standardize import standardize_of
+from choral.manifest import Entry
 from choral.statistics import Moments
-from choral.task import Task
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
-from torch.utils.data import Dataset
+
+from choral_server.blueprint import Blueprint
+from choral_server.checkpoint_file import BLOCK, CheckpointFile
+
+Step = Callable[[NDArray[np.float32], int], NDArray[np.float32]]
+"""The next weights of a stretch of the flat vector, from its present weights and where it begins."""
 
 
 class GlobalModel:
-    """One task's model with its present weights."""
+    """One task's model with its present weights, which are those of a checkpoint file."""
 
-    def __init__(self, task: Task, seed: int) -> None:
-        self.task = task
-        self._model: nn.Module = task.initial_model(seed)
-        self._standardize = standardize_of(self._model)
-        self.manifest = describe(self._model)
+    def __init__(self, blueprint: Blueprint) -> None:
+        self.blueprint = blueprint
+        self.manifest = blueprint.manifest
+        self._file: CheckpointFile | None = None
 
     @property
     def features(self) -> int | None:
         """How many features a statistics round measures; None: the model wants none."""
-        return self._standardize.mean.numel() if self._standardize is not None else None
+        statistics = self.blueprint.statistics
+        return statistics[0].size if statistics is not None else None
 
     @property
     def standardizes(self) -> bool:
-        """Whether the statistics of a round are in it."""
-        layer = self._standardize
-        return layer is not None and bool(layer.mean.any() or (layer.scale != 1).any())
-
-    @property
-    def weights(self) -> NDArray[np.float32]:
-        """The flat vector `(manifest.size,)`."""
-        return flatten(self._model.state_dict(), self.manifest)
-
-    def set_weights(self, weights: NDArray[np.float32]) -> None:
-        """Take the flat vector `(manifest.size,)`."""
-        self._model.load_state_dict(unflatten(weights, self._model.state_dict(), self.manifest))
-
-    def set_statistics(self, moments: Moments) -> None:
-        """Take means and deviations of the raw features into the model's buffers."""
-        if self._standardize is not None:
-            self._standardize.fill(moments)
-
-    def evaluate(self, examples: Dataset[Any]) -> tuple[Metric, ...]:
-        """Loss and metrics on a dataset that the coordinator holds."""
-        return evaluate(self.task, self._model, examples)
-
-    def to_bytes(self, metadata: dict[str, str]) -> bytes:
-        """The state dict as a safetensors file. One key of metadata at most: safetensors writes several in random order."""
-        return save({name: tensor.clone().contiguous() for name, tensor in self._model.state_dict().items()}, metadata)
+        """Whether the statistics of a round are in it. Raises OSError."""
+        if (statistics := self.blueprint.statistics) is None:
+            return False
+        mean, scale = (self._elements(entry, 0, entry.size) for entry in statistics)
+        return bool(mean.any() or (scale != 1).any())
 
     def load(self, path: Path) -> None:
         """Take the state from a safetensors file. Raises ConfigError: it is damaged, or belongs to another model."""
         try:
-            state = load_file(path)
+            file = CheckpointFile(path)
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: cannot be loaded ({error}): restore it, or give the run another name") from error
-        present = _difference(self._model, state)
-        if present is not None:
-            raise ConfigError(f"{path}: is not of task {self.task.name} {self.task.version}: {present}; give the run another name")
-        self._model.load_state_dict(state)
+        if (difference := self._difference(file)) is not None:
+            of = f"{self.blueprint.task} {self.blueprint.version}"
+            raise ConfigError(f"{path}: is not of task {of}: {difference}; give the run another name")
+        self._file = file
 
+    def write(self, path: Path, metadata: Mapping[str, str]) -> bytes:
+        """Write its state as it is to another file, for good; the SHA-256. Raises OSError, as the next two do."""
+        return self._present.write_like(path, metadata, {})
 
-def _difference(model: nn.Module, state: dict[str, torch.Tensor]) -> str | None:
-    """How a stored state differs from the model, or None."""
-    ours = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    theirs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            return f"tensor {name} is {theirs.get(name, 'missing')} where {ours.get(name, 'nothing')} is expected"
-    return None
+    def write_trained(self, path: Path, metadata: Mapping[str, str], step: Step) -> bytes:
+        """Write the state after a `step` of all that is averaged, as float32 whatever its dtype; all else stays as it is."""
+        averaged = {entry.name: self._stepped(entry, step) for entry in self.manifest.averaged}
+        return self._present.write_like(path, metadata, averaged)
+
+    def write_standardized(self, path: Path, metadata: Mapping[str, str], moments: Moments) -> bytes:
+        """Write the state with means and deviations of the raw features in it, if the model wants them."""
+        changed = {}
+        if (statistics := self.blueprint.statistics) is not None:
+            kept = list(self.blueprint.keep)
+            for entry, values, neutral in zip(statistics, (moments.mean, moments.deviation), (0.0, 1.0), strict=True):
+                values = values.copy()
+                values[kept] = neutral
+                changed[entry.name] = [encode(values, entry.dtype)]
+        return self._present.write_like(path, metadata, changed)
+
+    @property
+    def _present(self) -> CheckpointFile:
+        assert self._file is not None, "a version is loaded first"
+        return self._file
+
+    def _elements(self, entry: Entry, start: int, stop: int) -> NDArray[np.float32]:
+        file = self._present
+        return decode(file.read(file.tensors[entry.name], start, stop), entry.dtype)
+
+    def _stepped(self, entry: Entry, step: Step) -> Iterator[Buffer]:
+        for start in range(0, entry.size, BLOCK):
+            weights = self._elements(entry, start, min(start + BLOCK, entry.size))
+            yield encode(step(weights, entry.offset + start), entry.dtype)
+
+    def _difference(self, file: CheckpointFile) -> str | None:
+        """How a file differs from the model, or None."""
+        ours = {entry.name: f"{entry.dtype} {list(entry.shape)}" for entry in self.manifest.entries}
+        theirs = {name: str(tensor) for name, tensor in file.tensors.items()}
+        for name in [*ours, *theirs]:
+            if ours.get(name) != theirs.get(name):
+                return f"tensor {name} is {theirs.get(name, 'missing')} where {ours.get(name, 'nothing')} is expected"
+        return None

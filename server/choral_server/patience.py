@@ -12,15 +12,18 @@ from choral_server.troubles import Troubles
 
 T = TypeVar("T")
 _BACKOFF_S = (0.1, 5.0)  # first and longest wait between two attempts
+STORES = (ArtifactsGone, DatabaseGone, OSError)
 
 
-async def patiently(troubles: Troubles, subject: str, work: Callable[[], Awaitable[T]]) -> T:
-    """The result of `work`, tried until the store that it needs answers; meanwhile `subject` is among the troubles."""
+async def patiently(
+    troubles: Troubles, subject: str, work: Callable[[], Awaitable[T]], gone: tuple[type[Exception], ...] = STORES
+) -> T:
+    """The result of `work`, tried until what it needs answers (else it raises one of `gone`); meanwhile `subject` is in trouble."""
     pause_s, longest_s = _BACKOFF_S
     while True:
         try:
             result = await work()
-        except (ArtifactsGone, DatabaseGone, OSError) as error:
+        except gone as error:
             troubles.found(subject, str(error))
         else:
             troubles.over(subject)

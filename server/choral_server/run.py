@@ -5,39 +5,44 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from choral.codecs import negotiated
-from choral.errors import ConfigError, UnknownVersion
+from choral.errors import ConfigError, TaskProcessGone, UnknownVersion
 from choral.forms import rounded_names
 from choral.messages import VersionRef
 from choral.metrics import Metric, weighted_mean
 from choral.plan import Kind, Plan, digest_of
 from choral.statistics import merge_all
-from choral.task import Task
-from torch.utils.data import Dataset
+from numpy.typing import NDArray
 
 from choral_server import objective
 from choral_server.aggregate import WeightedSum
-from choral_server.checkpoints import BEST, LATEST, Checkpoints
+from choral_server.checkpoints import BEST, LATEST, Checkpoints, Make
 from choral_server.config import ServerConfig
 from choral_server.failpoints import Transition
 from choral_server.global_model import GlobalModel
+from choral_server.intake import digest_of as digest_of_file
 from choral_server.offload import offload
-from choral_server.patience import patiently
+from choral_server.optimizer_state import OptimizerState, StateWriter
+from choral_server.patience import STORES, patiently
 from choral_server.records import OVER, EventRecord, Origin, Record, RunRecord, RunState, VersionRecord
 from choral_server.rounds import PartState, Round, published
 from choral_server.statistics_sum import StatisticsSum
 from choral_server.store import Store
-from choral_server.strategies import State, load_state, save_state, step
+from choral_server.strategies import step
+from choral_server.task_code import TaskCode
 from choral_server.troubles import Troubles
 from choral_server.version_forms import VersionForms
 
 Aggregate = WeightedSum | StatisticsSum | None
-ARTIFACTS = "artifacts"
+ARTIFACTS, EVALUATION = "artifacts", "evaluation"
 _NAMED = 10  # versions named in a message
 
 
@@ -45,22 +50,15 @@ _NAMED = 10  # versions named in a message
 class Evaluators:
     """Who measures versions: the coordinator, if it has a test set, and the clients, if they are asked to."""
 
-    test_set: Dataset[Any] | None
+    coordinator: bool
     clients: bool
     judge: str
 
     @classmethod
-    def of(cls, config: ServerConfig, test_set: Dataset[Any] | None) -> Evaluators:
+    def of(cls, config: ServerConfig) -> Evaluators:
         """As the configuration says; versions are judged on the test set unless it says otherwise or there is none."""
-        return cls(test_set, config.evaluation.clients, config.run.objective.on or ("test" if test_set is not None else "clients"))
-
-
-@dataclass(frozen=True)
-class Made:
-    """A version that is not published yet: the checkpoint file, and the server optimizer's state behind it."""
-
-    content: bytes
-    state: State
+        here = config.evaluation.test_set is not None
+        return cls(here, config.evaluation.clients, config.run.objective.on or ("test" if here else "clients"))
 
 
 class Run:
@@ -69,33 +67,40 @@ class Run:
     def __init__(
         self,
         config: ServerConfig,
-        task: Task,
-        test_set: Dataset[Any] | None,
+        code: TaskCode,
         store: Store,
         checkpoints: Checkpoints,
         troubles: Troubles,
         record: RunRecord,
     ) -> None:
         self.settings = config.run
-        self.training = config.run.training.over(task.training)
+        self.training = config.run.training.over(code.blueprint.training)
         self.record = record
-        self.model = GlobalModel(task, config.run.seed)
+        self.model = GlobalModel(code.blueprint)
         self.checkpoints = checkpoints
         self.current: VersionRecord
-        self._state: State = {}
+        self._code = code
+        self._state: OptimizerState | None = None  # that belongs to the weights
         self._store = store
         self._troubles = troubles
-        self._evaluators = Evaluators.of(config, test_set)
+        self._evaluators = Evaluators.of(config)
         self._forms = VersionForms(config.run.compression.download, rounded_names(self.model.manifest))
         self._put_to_clients: int | None = None  # the version that a round was opened for only to measure it
         self._changing = asyncio.Lock()
 
     async def begin(self, now: datetime, parent: Run | None = None, *others: Record) -> None:
         """Make version 0: the task's initial weights, or the newest of `parent`; `others` are stored with it."""
-        if parent is not None:
-            self.model.load(await parent.checkpoints.fetch(parent.record.latest))
-        made = await self._write(Made(self._content(0), {}), 0, now, parent.origin if parent is not None else None)
+
+        async def initial(weights: Path, _: Path) -> bytes:
+            metadata = self._metadata(0)
+            if parent is not None:
+                return await asyncio.to_thread(parent.model.write, weights, metadata)
+            await self._code.write_initial(weights, metadata)
+            return await offload(weights.stat().st_size, _synced, weights)
+
+        made = await self._write(initial, 0, now, parent.origin if parent is not None else None)
         self.current = await self._with_forms(made, None)
+        self._take(0, *self.checkpoints.here(0))
         await self._commit(lambda record: record, Transition.RUN_BEGUN, self.current, *others)
 
     async def resume(self) -> None:
@@ -183,15 +188,27 @@ class Run:
             return WeightedSum(self.model.manifest.size, self.settings.weight_cap)
         return StatisticsSum() if kind is Kind.STATISTICS else None
 
-    def make_version(self, aggregate: Aggregate) -> Made:
-        """The next model from what a round collected. Slow for large models: call it in a thread."""
-        state = self._state
-        if isinstance(aggregate, WeightedSum):
-            weights, state = step(self.settings.strategy, self.model.weights, aggregate.mean(), state)
-            self.model.set_weights(weights)
-        elif isinstance(aggregate, StatisticsSum):
-            self.model.set_statistics(merge_all(aggregate.parts()))
-        return Made(self._content(self.record.latest + 1), state)
+    def make_version(self, aggregate: WeightedSum | StatisticsSum, weights: Path, state: Path) -> bytes:
+        """Write the next version, and the optimizer's state, from what a round collected; the version's SHA-256.
+
+        Goes through the model in blocks: neither the present weights nor the next are ever whole in memory. Slow for large models:
+        call it in a thread. Raises OSError.
+        """
+        metadata = self._metadata(self.record.latest + 1)
+        if isinstance(aggregate, StatisticsSum):
+            if self._state is not None:
+                self._state.copy(state)
+            return self.model.write_standardized(weights, metadata, merge_all(aggregate.parts()))
+        with StateWriter(state, self.model.manifest.size) as writer:
+
+            def next_weights(present: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+                stop = start + present.size
+                before = self._state.part(start, stop) if self._state is not None else {}
+                after, kept = step(self.settings.strategy, present, aggregate.mean(start, stop), before)
+                writer.write(start, kept)
+                return after
+
+            return self.model.write_trained(weights, metadata, next_weights)
 
     async def open(self, opened: Round) -> None:
         """Store a round before anyone hears of it."""
@@ -220,9 +237,8 @@ class Run:
             self.current = before
             return done
         training, statistics = closed.kind is Kind.TRAINING, closed.kind is Kind.STATISTICS
-        made = await offload(self.version.size_bytes, self.make_version, aggregate)
         await self._publish(
-            made,
+            lambda weights, state: offload(self.version.size_bytes, self.make_version, aggregate, weights, state),
             lambda record: replace(
                 record,
                 progress=progress,
@@ -254,9 +270,8 @@ class Run:
         new = self.record.latest + 1
         event = EventRecord(now, "rolled back", f"the model is again that of version {number}, as version {new}", self.record.name)
         measured = self.record.has_statistics and self.model.standardizes  # or the version is from before they were measured
-        made = Made(self._content(new), self._state)
         await self._publish(
-            made,
+            lambda weights, state: asyncio.to_thread(self._copy, weights, state, new),
             lambda record: replace(record, has_statistics=measured, progress=replace(record.progress, stale=0), back_to=None),
             now,
             Origin(self.record.name, number, known.digest),
@@ -266,13 +281,17 @@ class Run:
     @property
     def has_test_set(self) -> bool:
         """Whether the coordinator measures versions itself."""
-        return self._evaluators.test_set is not None
+        return self._evaluators.coordinator
 
     async def measure(self) -> tuple[Metric, ...]:
         """Measure the newest version on the coordinator's test set, unless that was done, and keep the result."""
-        if self._evaluators.test_set is None or self.current.test:
+        if not self.has_test_set or self.current.test:
             return ()
-        measured = await asyncio.to_thread(self.model.evaluate, self._evaluators.test_set)
+
+        async def measured_there() -> tuple[Metric, ...]:
+            return await self._code.measure(await self.checkpoints.fetch(self.version.number))
+
+        measured = await patiently(self._troubles, EVALUATION, measured_there, (*STORES, TaskProcessGone))
         progress, current = self._judged("test", measured)
         await self._commit(lambda record: replace(record, progress=progress), Transition.VERSION_MEASURED, current)
         self.current = current
@@ -289,21 +308,22 @@ class Run:
         return progress, current
 
     async def _publish(
-        self, made: Made, change: Callable[[RunRecord], RunRecord], now: datetime, parent: Origin, *others: Record
+        self, make: Make, change: Callable[[RunRecord], RunRecord], now: datetime, parent: Origin, *others: Record
     ) -> None:
         """Make a version, made from `parent`, the newest, with `change` of the record and what else is to be known then."""
         number = self.record.latest + 1
-        current = await self._with_forms(await self._write(made, number, now, parent), self.current)
+        current = await self._with_forms(await self._write(make, number, now, parent), self.current)
         await self._commit(lambda record: replace(change(record), latest=number), Transition.VERSION_PUBLISHED, current, *others)
-        self._state, self.current = made.state, current
+        self.current = current
+        self._take(number, *self.checkpoints.here(number))
         best = self.record.progress.best
         wanted = {number} if best is None else {number, best}
         await patiently(self._troubles, ARTIFACTS, lambda: self.checkpoints.prune(wanted, number))
 
-    async def _write(self, made: Made, number: int, now: datetime, parent: Origin | None) -> VersionRecord:
+    async def _write(self, make: Make, number: int, now: datetime, parent: Origin | None) -> VersionRecord:
         """Write a version's files. Nobody knows of it yet, and until somebody does it can be written again."""
-        state = save_state(made.state) if made.state else None
-        version = await patiently(self._troubles, ARTIFACTS, lambda: self.checkpoints.write(number, made.content, state))
+        draft = await patiently(self._troubles, ARTIFACTS, lambda: self.checkpoints.draft(number, make))
+        version = await patiently(self._troubles, ARTIFACTS, lambda: self.checkpoints.publish(draft))
         return VersionRecord(self.record.name, version, self.checkpoints.location(number), now, parent=parent)
 
     async def _with_forms(self, record: VersionRecord, before: VersionRecord | None) -> VersionRecord:
@@ -314,6 +334,12 @@ class Run:
         base = (before.version, self.checkpoints.path(before.version.number)) if before is not None else None
         forms = await offload(version.size_bytes, self._forms.make, version, self.checkpoints.path(version.number), base)
         return replace(record, version=replace(version, forms=forms))
+
+    def _copy(self, weights: Path, state: Path, number: int) -> bytes:
+        """Write what is loaded as version `number`."""
+        if self._state is not None:
+            self._state.copy(state)
+        return self.model.write(weights, self._metadata(number))
 
     async def _commit(self, change: Callable[[RunRecord], RunRecord], at: Transition, *others: Record) -> None:
         """Store a change of the record, as it is at this moment, together with other records."""
@@ -330,16 +356,27 @@ class Run:
             self.checkpoints.point(BEST, self.record.progress.best)
 
     async def _load(self, number: int) -> None:
-        path, state = await self.checkpoints.fetch(number), await self.checkpoints.optimizer(number)
+        """Let version `number` be the model, with the optimizer's state behind it. Raises ConfigError: one of them is damaged."""
+        self._take(number, await self.checkpoints.fetch(number), await self.checkpoints.state(number))
+
+    def _take(self, number: int, weights: Path, state: Path | None) -> None:
         source = f"run {self.record.name}: the optimizer's state of version {number}"
-        after = load_state(state, self.model.manifest.size, source) if state is not None else {}
-        self.model.load(path)  # only now, with both at hand: the model and the state belong together
+        after = OptimizerState(state, self.model.manifest.size, source) if state is not None else None
+        self.model.load(weights)  # only now, with both at hand: the model and the state belong together
         self._state = after
 
-    def _content(self, number: int) -> bytes:
+    def _metadata(self, number: int) -> dict[str, str]:
+        """What a file says of its version: one key, for safetensors writes several in random order."""
         record = self.record
         origin = {"run": record.name, "task": record.task, "task_version": record.task_version, "version": number}
-        return self.model.to_bytes({"choral": json.dumps(origin)})
+        return {"choral": json.dumps(origin)}
+
+
+def _synced(path: Path) -> bytes:
+    """Make a file's bytes stay; their SHA-256."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return digest_of_file(path)
 
 
 class Runs:
@@ -348,15 +385,13 @@ class Runs:
     def __init__(
         self,
         config: ServerConfig,
-        task: Task,
-        test_set: Dataset[Any] | None,
+        code: TaskCode,
         store: Store,
         checkpoints: Callable[[str], Checkpoints],
         troubles: Troubles,
     ) -> None:
         self._config = config
-        self._task = task
-        self._test_set = test_set
+        self._code = code
         self._store = store
         self._checkpoints = checkpoints
         self._troubles = troubles
@@ -367,12 +402,12 @@ class Runs:
         Raises ConfigError: it is of another task or model, or its newest version is missing or damaged.
         """
         name, last = self._newest()
-        task, configured = self._task, self._config.run
+        task, configured = self._code.blueprint, self._config.run
         if last is None:
-            return await self._begin(RunRecord(name, task.name, task.version, configured.rounds, now))
-        if (last.task, last.task_version) != (task.name, task.version):
+            return await self._begin(RunRecord(name, task.task, task.version, configured.rounds, now))
+        if (last.task, last.task_version) != (task.task, task.version):
             raise ConfigError(
-                f"run {last.name} trains task {last.task} {last.task_version}, not {task.name} {task.version}: "
+                f"run {last.name} trains task {last.task} {last.task_version}, not {task.task} {task.version}: "
                 "give run.name another value"
             )
         planned = configured.rounds if last.name == configured.name else last.rounds_planned
@@ -385,7 +420,8 @@ class Runs:
 
     async def further(self, now: datetime, rounds: int, parent: Run | None) -> Run:
         """A new run with the next free number behind its name: `rounds` (0: as configured), from the model of `parent` if given."""
-        record = RunRecord(self._newest()[0], self._task.name, self._task.version, rounds or self._config.run.rounds, now)
+        task = self._code.blueprint
+        record = RunRecord(self._newest()[0], task.task, task.version, rounds or self._config.run.rounds, now)
         told = f"{record.rounds_planned} rounds"
         if parent is not None:
             told += f", from version {parent.record.latest} of {parent.record.name}"
@@ -404,7 +440,7 @@ class Runs:
 
     def _make(self, record: RunRecord) -> Run:
         checkpoints = self._checkpoints(record.name)
-        return Run(self._config, self._task, self._test_set, self._store, checkpoints, self._troubles, record)
+        return Run(self._config, self._code, self._store, checkpoints, self._troubles, record)
 
     def _newest(self) -> tuple[str, RunRecord | None]:
         """The first free name of base, base-2, base-3, …, and the run before it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import obstore
 from choral.errors import ArtifactsGone, ConfigError, UnknownArtifact
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
+
+from choral_server.offload import offload
 
 _ALLOWED = ("endpoint", "region")
 _SILENT_S = 30.0  # for as long one request, with at most a piece of the content, may take
@@ -49,6 +52,13 @@ class S3Artifacts:
 
     async def put(self, key: str, content: bytes) -> None:
         """Keep `content`; the server has acknowledged it when this returns."""
+        await self._put(key, content)
+
+    async def put_file(self, key: str, path: Path) -> None:
+        """Keep the file at `path`, which stays where it is; of it, only the parts that are on their way are in memory."""
+        await self._put(key, path)
+
+    async def _put(self, key: str, content: bytes | Path) -> None:
         try:
             await obstore.put_async(self._store, key, content, chunk_size=_UP_BYTES, max_concurrency=_UP_AT_A_TIME)
         except (BaseError, OSError) as error:
@@ -56,16 +66,26 @@ class S3Artifacts:
 
     async def get(self, key: str) -> bytes:
         """What is kept under `key`."""
+        content = bytearray()
+        async for piece in self._pieces(key):
+            content += piece
+        return bytes(content)
+
+    async def get_file(self, key: str, path: Path) -> None:
+        """Write it to `path`, of which one piece at a time is in memory."""
+        with path.open("wb", buffering=0) as file:
+            async for piece in self._pieces(key):
+                await offload(len(piece), file.write, piece)
+
+    async def _pieces(self, key: str) -> AsyncIterator[bytes]:
         try:
             answer = await obstore.get_async(self._store, key)
             size = answer.meta["size"]
             if size <= _DOWN_BYTES:
-                return bytes(await answer.bytes_async())
-            content = bytearray()
-            while len(content) < size:
-                end = min(len(content) + _DOWN_BYTES, size)
-                content += await obstore.get_range_async(self._store, key, start=len(content), end=end)
-            return bytes(content)
+                yield bytes(await answer.bytes_async())
+                return
+            for start in range(0, size, _DOWN_BYTES):
+                yield bytes(await obstore.get_range_async(self._store, key, start=start, end=min(start + _DOWN_BYTES, size)))
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):  # whoever takes that for a version without its state would lose the state
                 raise self._gone(key, "read", error) from error

@@ -7,7 +7,7 @@ import pytest
 import torch
 from choral import Task, Training
 from choral.errors import Declined, TaskError
-from choral_client.train import Stopped, fit
+from choral_client.train import Stopped, fit, make_ready
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import Dataset, TensorDataset
@@ -150,3 +150,20 @@ def test_code_that_raises_is_named() -> None:
 
     with pytest.raises(TaskError, match="task line: training raised IndexError: no such column"):
         fit(task(wrong), line(), POINTS, Training(epochs=1), seed=0)
+
+
+def test_an_optimizer_is_made_before_it_is_needed_and_what_is_wrong_with_it_is_told_by_the_round() -> None:
+    made = list[float]()
+
+    def optimizer(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
+        made.append(learning_rate)
+        if len(made) > 1:
+            raise ZeroDivisionError
+        return torch.optim.SGD(parameters, lr=learning_rate)
+
+    picky = Task("line", line, mse_loss, lambda path: TensorDataset(), training=Training(learning_rate=0.25), optimizer=optimizer)
+    make_ready(picky)
+    assert made == [0.25]
+    make_ready(picky)
+    with pytest.raises(TaskError, match="ZeroDivisionError"):
+        fit(picky, line(), POINTS, Training(), seed=0)

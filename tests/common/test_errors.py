@@ -28,7 +28,15 @@ def test_the_tree_in_the_docstring_is_the_tree_in_the_code() -> None:
 
 def test_those_said_to_be_worth_another_try_are_retryable() -> None:
     drawn = set(re.findall(r"(\w+) .*\(try again\)", choral.errors.__doc__ or ""))
-    retryable = {"Unreachable", "CorruptTransfer", "OutOfSpace", "ArtifactsGone", "DatabaseGone", "LimitExceeded"}
+    retryable = {
+        "TaskProcessGone",
+        "Unreachable",
+        "CorruptTransfer",
+        "OutOfSpace",
+        "ArtifactsGone",
+        "DatabaseGone",
+        "LimitExceeded",
+    }
     assert drawn == {kind.__name__ for kind in TREE if kind.retryable} == retryable
 
 

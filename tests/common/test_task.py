@@ -142,6 +142,7 @@ def test_defaults() -> None:
     assert (task.version, dict(task.metrics), task.training) == ("1", {}, Training(epochs=1, batch_size=8, learning_rate=0.001))
     model = task.initial_model(0)
     optimizer = task.optimizer(model.parameters(), 0.5)
-    assert isinstance(optimizer, torch.optim.SGD)
-    assert optimizer.defaults["lr"] == 0.5
-    assert optimizer.defaults["momentum"] == 0
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    assert all(torch.equal(now, then - 0.5) for now, then in zip(model.parameters(), before, strict=True))

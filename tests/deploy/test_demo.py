@@ -96,7 +96,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(
     training: subprocess.Popen[str], number: signal.Signals, send: Callable[..., None]
 ) -> None:
     children = set(_descendants(training.pid))
-    assert len(children) == 3  # the coordinator, alice and bob
+    assert len(children) == 4  # the coordinator, the process with its task, alice and bob
     send(training.pid, number)
     assert training.wait(60) == 130
     assert training.stderr is not None
@@ -106,7 +106,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(
 
 def test_a_killed_demo_takes_its_processes_with_it(training: subprocess.Popen[str]) -> None:
     ends = [os.pidfd_open(child) for child in set(_descendants(training.pid))]
-    assert len(ends) == 3
+    assert len(ends) == 4
     training.kill()
     for end in ends:  # readable once the process has ended
         assert select.select([end], [], [], 60)[0]

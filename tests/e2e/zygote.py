@@ -28,6 +28,9 @@ _IMPORTED = (
     "aiosqlite",
     "asyncpg",
     "choral_server.app",
+    "choral_server.task_host",
+    "choral.evaluation",
+    "choral.flat",
     "choral_client.app",
     "choral_deploy.server_commands",
     "choral_deploy.client_commands",
@@ -167,6 +170,7 @@ def _become(request: dict[str, Any], stdout: int, stderr: int) -> None:
         os.close(stderr)
         sys.path.insert(0, request["folder"])
         sys.argv = ["choral", *request["arguments"]]
+        _fork_for_the_task()
         from choral_deploy.cli import main
 
         main()
@@ -177,6 +181,56 @@ def _become(request: dict[str, Any], stdout: int, stderr: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+class _Child:
+    """A child of this process, with what its parent needs of `subprocess.Popen`."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
+        self._waiting = threading.Lock()
+
+    def poll(self) -> int | None:
+        return self._ended(os.WNOHANG)
+
+    def wait(self) -> int:
+        code = self._ended(0)
+        assert code is not None
+        return code
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _ended(self, options: int) -> int | None:
+        with self._waiting:
+            if self._code is None:
+                pid, status = os.waitpid(self.pid, options)
+                self._code = os.waitstatus_to_exitcode(status) if pid else None
+            return self._code
+
+
+def _fork_for_the_task() -> None:
+    """Let a coordinator's process for the task's code be forked too: the first, which it starts before it has any threads."""
+    from choral_server import task_host, task_process
+
+    really = task_process.launch
+
+    def launch(descriptor: int) -> Any:
+        task_process.launch = really
+        if (pid := os.fork()) != 0:
+            return _Child(pid)
+        os.closerange(3, descriptor)  # the coordinator's end is among them
+        os.closerange(descriptor + 1, 1 << 12)
+        try:
+            task_host.main(descriptor)
+        except SystemExit as error:
+            os._exit(error.code if isinstance(error.code, int) else 1)
+        finally:
+            os._exit(70)
+
+    task_process.launch = launch
 
 
 if __name__ == "__main__":

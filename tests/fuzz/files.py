@@ -46,16 +46,20 @@ from choral_server.config import load as load_server_config
 from choral_server.database import Database
 from choral_server.global_model import GlobalModel
 from choral_server.lease import Lease
+from choral_server.optimizer_state import OptimizerState
 from choral_server.records import EventRecord, RunState
 from choral_server.rounds import Part, PartState, Round
 from choral_server.schedule import next_due
 from choral_server.store import Store
-from choral_server.strategies import ServerOptimizer, load_state, save_state, step
+from choral_server.strategies import ServerOptimizer, step
 from choral_server.troubles import Troubles
 from fuzz import network
 from fuzz.house import CONFIG, NOON, TASK, loop
 from fuzz.target import Decode, Make, Target, framed, in_file, in_memory, pieces_of
 from pydantic import BaseModel
+from safetensors.numpy import save as save_numpy
+from safetensors.torch import save
+from server.home import Here
 
 # Settings
 
@@ -226,15 +230,22 @@ def parquet_hostile() -> list[bytes]:
 # Models
 
 
-def checkpoint(path: Path) -> None:
-    model = GlobalModel(TASK, 0)
-    model.load(path)
-    assert model.weights.shape == (model.manifest.size,)
+@contextmanager
+def checkpoint(folder: Path) -> Iterator[Decode]:
+    """A version is loaded, and the next one made from it."""
+    model, path = GlobalModel(Here(TASK, 0).blueprint), folder / "version"
+
+    def decode(data: bytes) -> None:
+        path.write_bytes(data)
+        model.load(path)
+        model.write_trained(folder / "next", {}, lambda weights, _: weights)
+
+    yield decode
 
 
 def checkpoint_seeds() -> list[bytes]:
-    model = GlobalModel(TASK, 0)
-    return [model.to_bytes({"choral": json.dumps({"run": "run", "version": 1})}), model.to_bytes({})]
+    state = TASK.initial_model(0).state_dict()
+    return [save(state, {"choral": json.dumps({"run": "run", "version": 1})}), save(state)]
 
 
 @contextmanager
@@ -278,17 +289,17 @@ SAFETENSORS_HOSTILE = [
 SAFETENSORS = (b'"F32"', b'"BF16"', b'"F8_E5M2"', b'"U64"', b'"C64"', b'"F4"', b'"data_offsets":[0,', b'"shape":[', b"__metadata__")
 
 
-def optimizer(data: bytes) -> None:
+def optimizer(path: Path) -> None:
     """The state behind a version, and the step that is made from it."""
     size = 5
-    state = load_state(data, size, "the state")
+    state = OptimizerState(path, size, "the state").part(0, size)
     zeros = np.zeros(size, np.float32)
     weights, after = step(ServerOptimizer(name="fedavgm"), zeros, zeros.astype(np.float64), state)
     assert weights.shape == after["velocity"].shape == (size,)
 
 
 def optimizer_seeds() -> list[bytes]:
-    return [save_state({"velocity": np.arange(5, dtype=np.float32)})]
+    return [save_numpy({"velocity": np.arange(5, dtype=np.float32)})]
 
 
 # On its way
@@ -517,7 +528,7 @@ async def _backed_up(folder: Path) -> bytes:
     database, troubles = await Database.open(settings.database_url, Troubles()), Troubles()
     store = await Store.open(database, await Lease.take(database, "here", 60.0), history_key.made(folder))
     artifacts = FolderArtifacts(folder)
-    run = await Runs(settings, TASK, None, store, lambda name: Checkpoints(artifacts, folder, name), troubles).open(NOON)
+    run = await Runs(settings, Here(TASK, 0), store, lambda name: Checkpoints(artifacts, folder, name), troubles).open(NOON)
     part = Part("run/0/alice/0", "alice", PartState.ACCEPTED, examples=10, digest=bytes(32))
     opened = Round("run", 0, Kind.TRAINING, 0, 2, 1, {part.assignment: part, "b": Part("b", "bob")}, NOON)
     await run.save(others=(opened, EventRecord(NOON, "something", "happened", "run")), state=RunState.IN_ROUND)
@@ -662,14 +673,19 @@ TARGETS = [
         memory_bytes=512 << 20,
     ),
     Target(
-        "checkpoint at the coordinator", in_file("000001.safetensors", checkpoint), checkpoint_seeds, (ConfigError,), SAFETENSORS
+        "checkpoint at the coordinator",
+        checkpoint,
+        checkpoint_seeds,
+        (ConfigError,),
+        SAFETENSORS,
+        hostile=lambda: SAFETENSORS_HOSTILE,
     ),
     Target(
         "checkpoint at a client", work, checkpoint_seeds, (Declined, TaskError), SAFETENSORS, hostile=lambda: SAFETENSORS_HOSTILE
     ),
     Target(
         "state of the optimizer",
-        in_memory(optimizer),
+        in_file("000001.optimizer.safetensors", optimizer),
         optimizer_seeds,
         (ConfigError,),
         SAFETENSORS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +38,8 @@ from choral_server.store import Store
 from choral_server.transfers import Transfers
 from choral_server.troubles import Troubles
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors.torch import load_file
+from server.home import Here
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -84,6 +87,7 @@ class Floor:
     def __init__(self, run: Run, house: House, folder: Path) -> None:
         self.run = run
         self.house = house
+        self.folder = folder
         self.spool = Spool(folder / "spool", house.troubles)
         self.coordinator = Coordinator(run, house, self.spool, folder, 15.0, _no_other_run)
         self.service = FederationService(self.coordinator, house.sessions, house.transfers, 15.0, Limits())
@@ -97,7 +101,7 @@ class Floor:
         store = await Store.open(database, await Lease.take(database, "here", 36_000.0), SIGNS)
         artifacts = FolderArtifacts(folder)
         run = await Runs(
-            config, TASK, None, store, lambda name: Checkpoints(artifacts, folder, name, config.run.keep_versions), troubles
+            config, Here(TASK, 0), store, lambda name: Checkpoints(artifacts, folder, name, config.run.keep_versions), troubles
         ).open(NOON)
         CALLER.set(Caller(CLIENT, Role.DEVICE, certified=True))  # the gate has let it through
         run.record = replace(run.record, nonce="00000000")  # so that a corpus has the names of this process
@@ -135,10 +139,11 @@ class Floor:
         aggregate = collection.tally.aggregate
         if aggregate is None:
             return
-        self.run.make_version(aggregate)
-        for name, tensor in self.run.model._model.state_dict().items():
-            assert bool(tensor.isfinite().all()), f"an accepted result has made {name} infinite"
-        self.run.model._model.load_state_dict(TASK.initial_model(0).state_dict())
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            path = Path(folder) / "weights"
+            self.run.make_version(aggregate, path, Path(folder) / "state")
+            for name, tensor in load_file(path).items():
+                assert bool(tensor.isfinite().all()), f"an accepted result has made {name} infinite"
 
     async def attended(self, requests: Iterable[Any]) -> None:
         """Until the coordinator ends the stream. Raises Aborted."""

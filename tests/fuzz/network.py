@@ -40,18 +40,18 @@ from choral.v1 import model_pb2 as mb
 from choral_client.backoff import Patience
 from choral_client.checkpoint import Expected
 from choral_client.model_file import ModelFile
-from choral_server.global_model import GlobalModel
 from fuzz.house import CLIENT, TASK, Aborted, Call, Floor, Link, hello, loop
 from fuzz.target import Decode, Make, Target, framed, in_memory, pieces_of
 from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from pieces import piece as piece_of
+from safetensors.torch import save
 
 TOLD = 3000  # characters: twice, and encoded, they must fit into the 8 KiB that gRPC has for the end of a call
 ASSIGNMENT = f"run/0/{CLIENT}/00000000"
 BYTES = {Kind.TRAINING: 4 * 5, Kind.STATISTICS: 8 * 5, Kind.EVALUATION: 0}
-WEIGHTS = GlobalModel(TASK, 0).to_bytes({})
+WEIGHTS = save(TASK.initial_model(0).state_dict())
 VERSION = VersionRef(3, hashlib.sha256(WEIGHTS).digest(), len(WEIGHTS))
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from choral.config import parse
+from choral.durable import write_durably
+from choral.flat import flatten
+from choral.messages import VersionRef
+from choral.metrics import Metric
 from choral.table import Table
 from choral.task import Task
 from choral_server.artifacts import Artifacts, FolderArtifacts
+from choral_server.blueprint import Blueprint
 from choral_server.checkpoints import Checkpoints
 from choral_server.config import ServerConfig
 from choral_server.database import Database
@@ -20,7 +27,10 @@ from choral_server.history_key import key_for
 from choral_server.lease import Lease
 from choral_server.run import Run, Runs
 from choral_server.store import Store
+from choral_server.task_host import TaskHost
 from choral_server.troubles import Troubles
+from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import TensorDataset
@@ -32,6 +42,37 @@ PLAIN = Task("plane", lambda: nn.Linear(2, 1), mse_loss, Table(["a", "b"], targe
 def config(run: dict[str, Any] | None = None, **changes: Any) -> ServerConfig:
     least = {"listen": "127.0.0.1:0", "plaintext": True, "state": "unused", "task": "tests:plane"}
     return parse({**least, "run": {"rounds": 3, "cohort_size": 2, **(run or {})}, **changes}, ServerConfig, "server.yaml")
+
+
+class Here:
+    """A task's code without the process around it: tests have tasks that no other process could import."""
+
+    def __init__(self, task: Task, seed: int, test_set: TensorDataset | None = None) -> None:
+        self._host = TaskHost(task, seed, test_set)
+        self.blueprint: Blueprint = self._host.blueprint()
+
+    async def write_initial(self, path: Path, metadata: dict[str, str]) -> None:
+        self._host.write_initial(path, metadata)
+
+    async def measure(self, path: Path) -> tuple[Metric, ...]:
+        return self._host.measure(path)
+
+
+def weights(run: Run) -> NDArray[np.float32]:
+    """The flat vector of a run's newest version."""
+    return flatten(load_file(run.checkpoints.path(run.version.number)), run.model.manifest)
+
+
+async def write_version(checkpoints: Checkpoints, number: int, content: bytes, state: bytes | None = None) -> VersionRef:
+    """Store a version with these bytes."""
+
+    async def make(path: Path, state_path: Path) -> bytes:
+        write_durably(path, content)
+        if state is not None:
+            write_durably(state_path, state)
+        return hashlib.sha256(content).digest()
+
+    return await checkpoints.publish(await checkpoints.draft(number, make))
 
 
 class Home:
@@ -60,9 +101,8 @@ class Home:
     def runs(self, settings: ServerConfig | None = None, task: Task = PLAIN, test_set: TensorDataset | None = None) -> Runs:
         settings = settings or config()
         keep = settings.run.keep_versions
-        return Runs(
-            settings, task, test_set, self.store, lambda run: Checkpoints(self.artifacts, self.folder, run, keep), self.troubles
-        )
+        code = Here(task, settings.run.seed, test_set)
+        return Runs(settings, code, self.store, lambda run: Checkpoints(self.artifacts, self.folder, run, keep), self.troubles)
 
     async def open(self, settings: ServerConfig | None = None, task: Task = PLAIN, test_set: TensorDataset | None = None) -> Run:
         return await self.runs(settings, task, test_set).open(NOON)

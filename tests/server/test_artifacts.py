@@ -54,6 +54,21 @@ async def test_what_was_put_comes_back(artifacts: Artifacts, content: bytes) -> 
     assert await artifacts.get(KEY) == content
 
 
+@pytest.mark.parametrize("content", [b"", b"x", LARGE], ids=["none", "one", "much"])
+async def test_a_file_that_was_put_comes_back_as_a_file(artifacts: Artifacts, tmp_path: Path, content: bytes) -> None:
+    folder = (artifacts.local(KEY) or tmp_path / "elsewhere").parent
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".aside"
+    for number in range(2):  # again, in its place
+        path.write_bytes(content + bytes(number))
+        await artifacts.put_file(KEY, path)
+        await artifacts.get_file(KEY, tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == await artifacts.get(KEY) == content + bytes(number)
+    assert path.exists() is (artifacts.local(KEY) is None)
+    with pytest.raises(UnknownArtifact, match="does not exist"):
+        await artifacts.get_file("nothing", tmp_path / "back")
+
+
 async def test_a_new_store_is_empty(artifacts: Artifacts) -> None:
     assert await artifacts.list("") == []
     assert await artifacts.list("runs/run/versions/") == []
@@ -138,6 +153,14 @@ async def test_a_folder_that_cannot_be_used_says_why(tmp_path: Path) -> None:
     assert await folder.get(KEY) == b"x"
 
 
+async def test_a_file_that_has_its_name_already_stays(tmp_path: Path) -> None:
+    """As when an earlier attempt could not make the name durable."""
+    folder = FolderArtifacts(tmp_path)
+    await folder.put(KEY, b"x")
+    await folder.put_file(KEY, tmp_path / KEY)
+    assert await folder.get(KEY) == b"x"
+
+
 async def test_what_is_half_written_and_what_is_a_name_does_not_count(tmp_path: Path) -> None:
     folder = FolderArtifacts(tmp_path)
     await folder.put(KEY, b"x")
@@ -214,12 +237,15 @@ async def test_every_request_to_a_store_that_is_gone_says_so_in_the_same_words(
 ) -> None:
     """Otherwise each attempt would be a new trouble."""
     store = await open_artifacts(bucket_url, tmp_path)
-    shown = bucket_url.partition("?")[0]
+    shown, file = bucket_url.partition("?")[0], tmp_path / "file"
+    file.write_bytes(b"x")
     with gone(object_store):
         for _ in range(2):
             for work, what, done in (
                 (store.put(KEY, b"x"), KEY, "written"),
+                (store.put_file(KEY, file), KEY, "written"),
                 (store.get(KEY), KEY, "read"),
+                (store.get_file(KEY, file), KEY, "read"),
                 (store.delete(KEY), KEY, "deleted"),
                 (store.list("runs/"), "runs/", "listed"),
             ):

@@ -40,6 +40,7 @@ from choral_server.store import Store
 from choral_server.tables import LEASES, METADATA
 from choral_server.troubles import Troubles
 from server.databases import Postgres
+from server.home import write_version
 
 NOON = datetime(2025, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
 LATER = NOON + timedelta(days=2, microseconds=-123456)
@@ -104,7 +105,7 @@ async def opened(config: ServerConfig) -> AsyncIterator[tuple[Store, Database]]:
 async def version(config: ServerConfig, run: str, number: int) -> VersionRecord:
     """Its files in the store, and its record."""
     checkpoints = Checkpoints(await open_artifacts(config.artifacts, config.state), config.state, run)
-    reference = await checkpoints.write(number, weights(run, number), momentum(run, number))
+    reference = await write_version(checkpoints, number, weights(run, number), momentum(run, number))
     return VersionRecord(run, reference, checkpoints.location(number), NOON, test=MEASURED if number == 1 else ())
 
 
@@ -249,7 +250,9 @@ async def test_a_coordinator_goes_on_with_what_was_restored(
         latest = await store.version("run", 3)
         assert latest is not None
         assert (await checkpoints.fetch(3, latest.version)).read_bytes() == weights("run", 3)
-        assert await checkpoints.optimizer(3) == momentum("run", 3)
+        state = await checkpoints.state(3)
+        assert state is not None
+        assert state.read_bytes() == momentum("run", 3)
     sequences = [row["sequence"] for row in (await rows(config))["events"]]
     assert sequences == sorted(set(sequences))
     assert len(sequences) == 11

@@ -13,6 +13,7 @@ from choral.messages import VersionRef
 from choral_server.artifacts import Artifacts, FolderArtifacts, open_artifacts
 from choral_server.checkpoints import BEST, LATEST, Checkpoints
 from safetensors.torch import load_file, save
+from server.home import write_version
 from server.object_store import ObjectStore
 
 Make = Callable[..., Checkpoints]
@@ -24,6 +25,11 @@ def _content(value: float) -> bytes:
 
 def _kept(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+async def _state(checkpoints: Checkpoints, number: int) -> bytes | None:
+    path = await checkpoints.state(number)
+    return path.read_bytes() if path is not None else None
 
 
 def _named(checkpoints: Checkpoints, name: str) -> Path:
@@ -50,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 async def test_a_version_opens_without_choral(make: Make, folder: Path) -> None:
     checkpoints = make()
-    await checkpoints.write(3, _content(1.5))
+    await write_version(checkpoints, 3, _content(1.5))
     checkpoints.point(LATEST, 3)
     for path in (folder / "000003.safetensors", folder / "latest.safetensors"):
         state = load_file(path)
@@ -61,7 +67,7 @@ async def test_a_version_opens_without_choral(make: Make, folder: Path) -> None:
 @pytest.mark.parametrize("size", [0, 100, 300_000], ids=["none", "little", "much"])  # the last in a thread
 async def test_a_reference_is_number_digest_and_size(make: Make, artifacts: Artifacts, size: int) -> None:
     checkpoints, content = make(), bytes(size)
-    reference = await checkpoints.write(12, content)
+    reference = await write_version(checkpoints, 12, content)
     assert reference == VersionRef(12, hashlib.sha256(content).digest(), size)
     assert (await checkpoints.fetch(12, reference)).read_bytes() == content
     assert await artifacts.get("runs/run/versions/000012.safetensors") == content
@@ -69,17 +75,17 @@ async def test_a_reference_is_number_digest_and_size(make: Make, artifacts: Arti
 
 
 async def test_runs_do_not_mix(make: Make) -> None:
-    await make(run="run").write(1, b"one", b"its state")
-    await make(run="run-2").write(1, b"two")
+    await write_version(make(run="run"), 1, b"one", b"its state")
+    await write_version(make(run="run-2"), 1, b"two")
     await make(run="run-2", keep=1).prune({2}, 2)
     assert (await make().fetch(1)).read_bytes() == b"one"
-    assert await make().optimizer(1) == b"its state"
+    assert await _state(make(), 1) == b"its state"
 
 
 async def test_names_move_and_stay_valid_when_the_folder_moves(make: Make, tmp_path: Path) -> None:
     checkpoints = make()
     for number in (0, 1):
-        await checkpoints.write(number, _content(number))
+        await write_version(checkpoints, number, _content(number))
         checkpoints.point(LATEST, number)
     checkpoints.point(BEST, 0)
     assert _named(checkpoints, LATEST).resolve() == checkpoints.path(1).resolve()
@@ -90,7 +96,7 @@ async def test_names_move_and_stay_valid_when_the_folder_moves(make: Make, tmp_p
 
 async def test_a_name_that_cannot_move_is_no_reason_to_stop(make: Make, folder: Path) -> None:
     checkpoints = make()
-    await checkpoints.write(0, b"x")
+    await write_version(checkpoints, 0, b"x")
     (folder / "latest.safetensors").mkdir()
     checkpoints.point(LATEST, 0)
     checkpoints.point(BEST, 0)
@@ -100,7 +106,7 @@ async def test_a_name_that_cannot_move_is_no_reason_to_stop(make: Make, folder: 
 async def test_nothing_is_left_aside(make: Make, folder: Path) -> None:
     checkpoints = make()
     for number in (0, 0, 1):
-        await checkpoints.write(number, _content(number))
+        await write_version(checkpoints, number, _content(number))
         checkpoints.point(LATEST, number)
     assert _kept(folder) == ["000000.safetensors", "000001.safetensors", "latest.safetensors"]
 
@@ -123,7 +129,7 @@ async def test_the_local_copy_serves_and_can_be_lost(bucket_url: str, tmp_path: 
         "runs/run/versions/000001.safetensors",
         folder / "000001.safetensors",
     )
-    reference = await checkpoints.write(1, b"a version")
+    reference = await write_version(checkpoints, 1, b"a version")
     await artifacts.put(key, b"not looked at")
     for expected in (None, reference):
         assert (await checkpoints.fetch(1, expected)).read_bytes() == b"a version"
@@ -139,7 +145,7 @@ async def test_the_local_copy_serves_and_can_be_lost(bucket_url: str, tmp_path: 
 
 async def test_a_damaged_version_is_refused_and_named(make: Make, artifacts: Artifacts, folder: Path) -> None:
     checkpoints = make()
-    reference = await checkpoints.write(1, b"a version")
+    reference = await write_version(checkpoints, 1, b"a version")
     for damaged in (b"A version", b"a versio", b""):
         await artifacts.put("runs/run/versions/000001.safetensors", damaged)
         (folder / "000001.safetensors").write_bytes(damaged)  # the same file, or the copy
@@ -150,7 +156,7 @@ async def test_a_damaged_version_is_refused_and_named(make: Make, artifacts: Art
 
 async def test_a_version_that_is_not_there_is_named(make: Make) -> None:
     checkpoints = make()
-    await checkpoints.write(1, b"a version")
+    await write_version(checkpoints, 1, b"a version")
     with pytest.raises(ConfigError) as refused:
         await checkpoints.fetch(2)
     assert str(refused.value) == (
@@ -160,11 +166,11 @@ async def test_a_version_that_is_not_there_is_named(make: Make) -> None:
 
 async def test_the_optimizers_state_stands_beside_its_version(make: Make, artifacts: Artifacts) -> None:
     checkpoints = make()
-    await checkpoints.write(1, b"weights", b"velocity")
-    await checkpoints.write(2, b"weights")
-    assert await make().optimizer(1) == b"velocity"
-    assert await make().optimizer(2) is None
-    assert await make().optimizer(3) is None
+    await write_version(checkpoints, 1, b"weights", b"velocity")
+    await write_version(checkpoints, 2, b"weights")
+    assert await _state(make(), 1) == b"velocity"
+    assert await _state(make(), 2) is None
+    assert await _state(make(), 3) is None
     assert await artifacts.list("runs/") == [
         "runs/run/versions/000001.optimizer.safetensors",
         "runs/run/versions/000001.safetensors",
@@ -174,9 +180,10 @@ async def test_the_optimizers_state_stands_beside_its_version(make: Make, artifa
 
 async def test_a_version_written_again_has_no_state_of_the_first_attempt(make: Make) -> None:
     """As when a process is killed before it publishes, and the next one has another strategy."""
-    await make().write(1, b"weights", b"velocity")
-    await make().write(1, b"weights")
-    assert await make().optimizer(1) is None
+    await write_version(make(), 1, b"weights", b"velocity")
+    await write_version(make(), 1, b"weights")
+    assert await _state(make(), 1) is None
+    assert make().here(1)[1] is None
 
 
 # What is kept
@@ -198,21 +205,20 @@ async def test_pruning_keeps_the_newest_and_what_is_wanted(
 ) -> None:
     checkpoints = make(keep)
     for number in range(5):
-        await checkpoints.write(number, b"weights", b"state" if number % 2 else None)
+        await write_version(checkpoints, number, b"weights", b"state" if number % 2 else None)
     checkpoints.point(LATEST, 4)
     await checkpoints.prune(wanted, 4)
     weights = [f"{number:06d}.safetensors" for number in left]
     states = [f"{number:06d}.optimizer.safetensors" for number in left if number % 2]
     assert await artifacts.list("runs/run/versions/") == sorted(f"runs/run/versions/{name}" for name in weights + states)
-    here = weights + states if artifacts.local("") is not None else weights
-    assert _kept(folder) == sorted([*here, "latest.safetensors"])
+    assert _kept(folder) == sorted([*weights, *states, "latest.safetensors"])
 
 
 async def test_pruning_takes_nothing_beyond_the_latest(make: Make) -> None:
     """What a crash left there is written anew; and were the database older than the versions, they would all be there."""
     checkpoints = make(2)
     for number in range(1, 6):
-        await checkpoints.write(number, b"x", b"y")
+        await write_version(checkpoints, number, b"x", b"y")
     await checkpoints.prune({3}, 3)
     assert await checkpoints.numbers() == [2, 3, 4, 5]
 
@@ -221,7 +227,7 @@ async def test_copies_of_versions_that_are_gone_from_the_store_go_too(make: Make
     """As when the process is killed between the two, or the store has a rule of its own for old objects."""
     checkpoints = make(1)
     for number in (0, 1):
-        await checkpoints.write(number, b"x")
+        await write_version(checkpoints, number, b"x")
     await artifacts.delete("runs/run/versions/000000.safetensors")
     await checkpoints.prune({1}, 1)
     assert _kept(folder) == ["000001.safetensors"]
@@ -230,14 +236,14 @@ async def test_copies_of_versions_that_are_gone_from_the_store_go_too(make: Make
 async def test_pruning_goes_on_beyond_six_digits(make: Make, folder: Path) -> None:
     checkpoints = make(1)
     for number in (999_999, 1_000_000):
-        await checkpoints.write(number, b"x")
+        await write_version(checkpoints, number, b"x")
     await checkpoints.prune({1_000_000}, 1_000_000)
     assert _kept(folder) == ["1000000.safetensors"]
 
 
 async def test_what_is_not_ours_stays(make: Make, artifacts: Artifacts, folder: Path) -> None:
     checkpoints = make(1)
-    await checkpoints.write(1, b"x")
+    await write_version(checkpoints, 1, b"x")
     await artifacts.put("runs/run/versions/notes.txt", b"not ours")
     (folder / "mine.txt").write_bytes(b"nor this")
     await checkpoints.prune({2}, 2)
@@ -253,9 +259,9 @@ class Breaking(FolderArtifacts):
 
     changes = 0
 
-    async def put(self, key: str, content: bytes) -> None:
+    async def put_file(self, key: str, path: Path) -> None:
         self._change()
-        await super().put(key, content)
+        await super().put_file(key, path)
 
     async def delete(self, key: str) -> None:
         self._change()
@@ -269,14 +275,14 @@ class Breaking(FolderArtifacts):
 
 async def test_a_version_that_is_half_written_is_not_there(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ArtifactsGone):
-        await Checkpoints(Breaking(tmp_path), tmp_path, "run").write(1, b"weights", b"state")
-    assert _kept(folder) == ["000001.optimizer.safetensors"]
+        await write_version(Checkpoints(Breaking(tmp_path), tmp_path, "run"), 1, b"weights", b"state")
+    assert [name for name in _kept(folder) if not name.endswith(".aside")] == ["000001.optimizer.safetensors"]
 
 
 async def test_a_version_that_is_half_deleted_is_not_there(tmp_path: Path, folder: Path) -> None:
     whole = Checkpoints(FolderArtifacts(tmp_path), tmp_path, "run", keep=1)
     for number in (0, 1):
-        await whole.write(number, b"weights", b"state")
+        await write_version(whole, number, b"weights", b"state")
     with pytest.raises(ArtifactsGone):
         await Checkpoints(Breaking(tmp_path), tmp_path, "run", keep=1).prune({1}, 1)
     assert _kept(folder) == ["000000.optimizer.safetensors", "000001.optimizer.safetensors", "000001.safetensors"]
@@ -288,10 +294,10 @@ async def test_a_store_that_is_gone_says_so_and_what_is_here_is_here(
     object_store: ObjectStore, bucket_url: str, tmp_path: Path
 ) -> None:
     checkpoints = Checkpoints(await open_artifacts(bucket_url, tmp_path), tmp_path, "run", keep=1)
-    reference = await checkpoints.write(1, b"weights", b"state")
+    reference = await write_version(checkpoints, 1, b"weights", b"state")
     object_store.stop()
     try:
-        for work in (checkpoints.write(2, b"x"), checkpoints.fetch(2), checkpoints.optimizer(1), checkpoints.prune({1}, 1)):
+        for work in (write_version(checkpoints, 2, b"x"), checkpoints.fetch(2), checkpoints.state(1), checkpoints.prune({1}, 1)):
             with pytest.raises(ArtifactsGone):
                 await work
         assert (await checkpoints.fetch(1, reference)).read_bytes() == b"weights"
@@ -303,7 +309,7 @@ async def test_a_local_disk_that_takes_no_copy_is_like_a_store_that_is_gone(buck
     (tmp_path / "runs").write_text("a file where a folder should be")
     checkpoints = Checkpoints(await open_artifacts(bucket_url, tmp_path), tmp_path, "run")
     with pytest.raises(ArtifactsGone, match=r"000001.safetensors cannot be written \(.*\)"):
-        await checkpoints.write(1, b"weights")
+        await write_version(checkpoints, 1, b"weights")
     (tmp_path / "runs").unlink()
-    await checkpoints.write(1, b"weights")
+    await write_version(checkpoints, 1, b"weights")
     assert checkpoints.path(1).read_bytes() == b"weights"

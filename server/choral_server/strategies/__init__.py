@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 import numpy as np
-import safetensors.numpy
 from choral.config import Settings
-from choral.errors import ConfigError
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from safetensors import SafetensorError
 
 from choral_server.strategies import fedavg, fedavgm
 
@@ -38,30 +35,12 @@ class ServerOptimizer(Settings):
 def step(
     optimizer: ServerOptimizer, weights: NDArray[np.float32], mean_delta: NDArray[np.float64], state: State
 ) -> tuple[NDArray[np.float32], State]:
-    """The next weights and state from the mean of the updates; all vectors `(n,)`."""
+    """The next weights and state from the mean of the updates; all vectors `(n,)`.
+
+    Each element of what it gives depends on the same element of what it takes alone: it is called for one stretch after the other.
+    """
     if optimizer.name == "fedavg":
         return fedavg.step(weights, mean_delta, optimizer.learning_rate), {}
     momentum = 0.9 if optimizer.momentum is None else optimizer.momentum
     weights, velocity = fedavgm.step(weights, mean_delta, state.get("velocity"), momentum, optimizer.learning_rate)
     return weights, {"velocity": velocity}
-
-
-def save_state(state: State) -> bytes:
-    """As it is kept: a safetensors file."""
-    return safetensors.numpy.save(state)
-
-
-def load_state(content: bytes, size: int, source: str) -> State:
-    """The inverse of `save_state`. Raises ConfigError: what came from `source` is damaged, or of a model that is not of `size`.
-
-    NumPy would add a vector of one element to one of any size, and the model would be another without a word.
-    """
-    cure = "restore a backup, or give the run another name"
-    try:
-        state: State = safetensors.numpy.load(content)
-    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{source}: is damaged ({error}): {cure}") from error
-    for name, vector in state.items():
-        if vector.dtype != np.float32 or vector.shape != (size,):
-            raise ConfigError(f"{source}: {name} is {vector.dtype} {list(vector.shape)} where float32 [{size}] is expected; {cure}")
-    return state
