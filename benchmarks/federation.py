@@ -118,6 +118,11 @@ class Federation:
         status = Path(f"/proc/{self._server.process.pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
+    def cpu_s(self) -> float:
+        """The CPU seconds that the coordinator has taken."""
+        stat = Path(f"/proc/{self._server.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
     async def bare_call_s(self, calls: int = 300) -> float:
         """Median seconds of a unary call over TLS to the coordinator: while it waits, this is what this machine can do."""
         token = Token.parse(await self.operator.token("bare-caller"))

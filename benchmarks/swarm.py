@@ -1,0 +1,213 @@
+"""Many lightweight clients in one process: each has its own name, certificate, connection and attendance stream.
+
+They speak the real protocol over mTLS, and leave out what costs a client and not its coordinator: there is no task, no outbox, no
+diary and no guard, and messages that never change are serialised once. What a round asks, they do: they say how far they are,
+download the version, and upload a result of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from choral import wire
+from choral.errors import ChoralError
+from choral.manifest import Manifest
+from choral.messages import Heartbeat, Hello, Phase, Status, UploadHeader
+from choral.plan import Kind
+from choral.status import from_rpc
+from choral.v1 import federation_pb2 as pb
+from choral.v1 import federation_pb2_grpc
+from choral_server.trust import CA_CERTIFICATE, CA_KEY, Authority
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+JOINING = 100  # clients that are connecting at a time
+_DAY_S = 86_400.0
+_OPTIONS = [("grpc.keepalive_time_ms", 30_000), ("grpc.initial_reconnect_backoff_ms", 100)]  # as the client's own
+_BEAT = wire.from_client_to_pb(Heartbeat()).SerializeToString()
+
+
+class Pass:
+    """Makes each client's certificate, signed by the authority that the coordinator trusts. One key serves all."""
+
+    def __init__(self, folder: Path) -> None:
+        self._authority = Authority.load(folder / CA_CERTIFICATE, folder / CA_KEY)
+        self._ca = (folder / CA_CERTIFICATE).read_bytes()
+        key = ec.generate_private_key(ec.SECP256R1())
+        self._public = key.public_key()
+        self._key = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+    def of(self, name: str) -> grpc.ChannelCredentials:
+        """What the client of this name shows."""
+        certificate = self._authority.certify(self._public, name, "device", _DAY_S, datetime.now(UTC))
+        return grpc.ssl_channel_credentials(self._ca, self._key, certificate.public_bytes(Encoding.PEM))
+
+
+class Client:
+    """One session."""
+
+    def __init__(self, name: str, address: str, credentials: grpc.ChannelCredentials) -> None:
+        self.name = name
+        self.channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+        self.call: Any = None
+
+    async def attend(self, hello: bytes) -> None:
+        """Open the stream, and wait for the welcome."""
+        attend = self.channel.stream_stream("/choral.v1.Federation/Attend", None, pb.AttendResponse.FromString)
+        self.call = attend()
+        await self.call.write(hello)
+        await self.call.read()
+
+    async def say(self, assignment: str, phase: Phase) -> None:
+        """Tell how the assignment goes."""
+        await self.call.write(wire.from_client_to_pb(Status(assignment, phase)).SerializeToString())
+
+    async def close(self) -> None:
+        """Leave."""
+        if self.call is not None:
+            self.call.cancel()
+        await self.channel.close()
+
+
+class Swarm:
+    """The clients. `announced_at` has, by round, when each of its cohort heard of it (the clock on the wall).
+
+    In `versions` is what was published, once for all.
+    """
+
+    def __init__(self, folder: Path, address: str, task: tuple[str, str], manifest: Manifest, params: int) -> None:
+        self.clients: list[Client] = []
+        self.announced_at: defaultdict[int, list[float]] = defaultdict(list)
+        self.versions: asyncio.Queue[int] = asyncio.Queue()
+        self._pass = Pass(folder)
+        self._address = address
+        self._task = task
+        self._manifest = manifest
+        self._result = np.random.default_rng(1).normal(0, 1e-3, params).astype(np.float32)
+        self._newest = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def join(self, count: int, joined: Callable[[], None] = lambda: None) -> float:
+        """So many more clients attend; the seconds that took, without making certificates."""
+        first = len(self.clients)
+        names = [f"session-{number}" for number in range(first, first + count)]
+        fresh = [Client(name, self._address, self._pass.of(name)) for name in names]
+        self.clients += fresh
+        free = asyncio.Semaphore(JOINING)
+
+        async def one(client: Client) -> None:
+            async with free:
+                await client.attend(self._hello(client.name))
+            self._aside(self._listen(client))
+            joined()
+
+        began = time.perf_counter()
+        await self.awaiting(asyncio.gather(*map(one, fresh)))
+        return time.perf_counter() - began
+
+    async def beat(self, every_s: float) -> None:
+        """Let each client say every so many seconds that it is alive; all are spread evenly over that time."""
+        while True:
+            began = time.monotonic()
+            for place, client in enumerate(self.clients):
+                due = began + every_s * place / len(self.clients)
+                if (wait_s := due - time.monotonic()) > 0.005:
+                    await asyncio.sleep(wait_s)
+                await client.call.write(_BEAT)
+            await asyncio.sleep(max(0.0, began + every_s - time.monotonic()))
+
+    async def awaiting(self, what: Any) -> Any:
+        """The result of `what`. Raises ChoralError: a session failed meanwhile."""
+        doing = asyncio.ensure_future(what)
+        await asyncio.wait({doing, self._failure}, return_when=asyncio.FIRST_COMPLETED)
+        if self._failure.done():
+            doing.cancel()
+            self._failure.result()
+        return doing.result()
+
+    async def close(self) -> None:
+        """All leave."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(client.close() for client in self.clients))
+
+    def _hello(self, name: str) -> bytes:
+        hello = Hello(wire.PROTOCOL_VERSION, name, os.urandom(8).hex(), *self._task, self._manifest, 10, "choral benchmark")
+        return wire.from_client_to_pb(hello).SerializeToString()
+
+    async def _listen(self, client: Client) -> None:
+        while (said := await client.call.read()) is not grpc.aio.EOF:
+            match said.WhichOneof("message"):
+                case "assignment":
+                    self.announced_at[said.assignment.round].append(time.time())
+                    self._aside(self._work(client, said.assignment))
+                case "new_version" if said.new_version.version.number > self._newest:
+                    self._newest = said.new_version.version.number
+                    self.versions.put_nowait(self._newest)
+                case "come_back":
+                    await client.call.done_writing()
+                    return
+        await client.call  # raises what ended it
+
+    async def _work(self, client: Client, assignment: pb.Assignment) -> None:
+        """One part of a round, as a client does it that has not fetched the version before."""
+        stub = federation_pb2_grpc.FederationStub(client.channel)
+        await client.say(assignment.id, Phase.DOWNLOADING)
+        asked = pb.DownloadRequest(version=assignment.version.number, client=client.name)
+        got = 0
+        async for response in stub.Download(asked):
+            got += len(response.chunk.data)
+        if got != assignment.version.size_bytes:
+            raise ChoralError(f"{got} of {assignment.version.size_bytes} bytes were downloaded")
+        await client.say(assignment.id, Phase.WORKING)
+        payload = self._result.tobytes()
+        digest = hashlib.sha256(payload).digest()
+        await client.say(assignment.id, Phase.UPLOADING)
+        header = UploadHeader(assignment.id, client.name, 10, Kind.TRAINING, len(payload), (), (), digest)
+        receipt = await stub.Upload(_requests(header, payload))
+        if receipt.verdict not in (pb.VERDICT_ACCEPTED, pb.VERDICT_LATE):
+            raise ChoralError(f"the result of {client.name} was not accepted: {receipt.reason}")
+
+    def _aside(self, doing: Any) -> None:
+        task = asyncio.ensure_future(doing)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None or self._failure.done():
+            return
+        if isinstance(error, grpc.aio.AioRpcError):
+            error = from_rpc(error, self._address)
+        self._failure.set_exception(error)
+
+
+@asynccontextmanager
+async def swarm(folder: Path, address: str, task: tuple[str, str], manifest: Manifest, params: int) -> AsyncIterator[Swarm]:
+    """A swarm that leaves at the end; `task` is name and version."""
+    made = Swarm(folder, address, task, manifest, params)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def _requests(header: UploadHeader, payload: bytes) -> Iterator[pb.UploadRequest]:
+    yield pb.UploadRequest(header=wire.header_to_pb(header))
+    pieces: Sequence[Any] = list(wire.chunks(memoryview(payload)))
+    for piece in pieces:
+        yield pb.UploadRequest(chunk=piece)
+    yield pb.UploadRequest(trailer=pb.UploadTrailer(chunks=len(pieces)))
