@@ -80,7 +80,7 @@ async def measure(size: Size, rounds: int, idle_s: float) -> Figures:
         await admin.PauseRun(pb.PauseRunRequest())
         async with swarm(here.folder, here.address, who, manifest, size.params) as clients:
             session_kb, joins_per_s = await joined(here, clients, size.sessions)
-            beating = asyncio.create_task(clients.beat(HEARTBEAT_S))
+            clients.beat(HEARTBEAT_S)
             share = await spent_by(here, asyncio.sleep(idle_s)) / idle_s
             await admin.ResumeRun(pb.ResumeRunRequest())
             await published(clients, WARM_UP)
@@ -88,7 +88,6 @@ async def measure(size: Size, rounds: int, idle_s: float) -> Figures:
             server_s = await spent_by(here, published(clients, rounds))
             swarm_s = time.process_time() - before_s
             done = (await admin.ListRounds(pb.ListRoundsRequest(limit=WARM_UP + rounds + 1))).rounds
-            beating.cancel()
             memory_mb = here.memory_mb()
             await admin.StopRun(pb.StopRunRequest())
     counted = [each for each in done if WARM_UP <= each.number < WARM_UP + rounds]

@@ -61,23 +61,32 @@ class Client:
         self.name = name
         self.channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
         self.call: Any = None
+        self._writing = asyncio.Lock()  # gRPC takes one message of a stream at a time
 
     async def attend(self, hello: bytes) -> None:
         """Open the stream, and wait for the welcome."""
         attend = self.channel.stream_stream("/choral.v1.Federation/Attend", None, pb.AttendResponse.FromString)
         self.call = attend()
-        await self.call.write(hello)
+        await self._write(hello)
         await self.call.read()
 
     async def say(self, assignment: str, phase: Phase) -> None:
         """Tell how the assignment goes."""
-        await self.call.write(wire.from_client_to_pb(Status(assignment, phase)).SerializeToString())
+        await self._write(wire.from_client_to_pb(Status(assignment, phase)).SerializeToString())
+
+    async def beat(self) -> None:
+        """Say that it lives."""
+        await self._write(_BEAT)
 
     async def close(self) -> None:
         """Leave."""
         if self.call is not None:
             self.call.cancel()
         await self.channel.close()
+
+    async def _write(self, message: bytes) -> None:
+        async with self._writing:
+            await self.call.write(message)
 
 
 class Swarm:
@@ -117,15 +126,18 @@ class Swarm:
         await self.awaiting(asyncio.gather(*map(one, fresh)))
         return time.perf_counter() - began
 
-    async def beat(self, every_s: float) -> None:
-        """Let each client say every so many seconds that it is alive; all are spread evenly over that time."""
+    def beat(self, every_s: float) -> None:
+        """Let each client say every so many seconds that it is alive, from now on; all are spread evenly over that time."""
+        self._aside(self._beat(every_s))
+
+    async def _beat(self, every_s: float) -> None:
         while True:
             began = time.monotonic()
             for place, client in enumerate(self.clients):
                 due = began + every_s * place / len(self.clients)
                 if (wait_s := due - time.monotonic()) > 0.005:
                     await asyncio.sleep(wait_s)
-                await client.call.write(_BEAT)
+                await client.beat()
             await asyncio.sleep(max(0.0, began + every_s - time.monotonic()))
 
     async def awaiting(self, what: Any) -> Any:
