@@ -22,7 +22,7 @@ from choral_server.failpoints import Transition
 from choral_server.intake import payload_bytes
 from choral_server.patience import patiently
 from choral_server.records import EventRecord, RunState
-from choral_server.rounds import Part, PartState, Round, RoundState, discarded
+from choral_server.rounds import Part, Parts, PartState, Round, RoundState, discarded
 from choral_server.run import ARTIFACTS, Run
 from choral_server.schedule import next_due
 from choral_server.spool import DISK, Spool
@@ -238,7 +238,7 @@ class Coordinator:
             size = goal = len(present)
             quorum = quorum if kind is Kind.STATISTICS else 1
         chosen = cohort.choose(settings.seed, number, present, size)
-        parts = {assignment_id(record, number, client): client for client in chosen}
+        parts = Parts(Part(assignment_id(record, number, client), client) for client in chosen)
         opened = Round(
             run=record.name,
             number=number,
@@ -246,7 +246,7 @@ class Coordinator:
             version=run.version.number,
             goal=min(goal, len(parts)),
             quorum=quorum,
-            parts={assignment: Part(assignment, client) for assignment, client in parts.items()},
+            parts=parts,
             opened_at=self._house.clock(),
             plan=run.plan_digest(kind, min(goal, len(parts))),
             parent=run.version.digest,
