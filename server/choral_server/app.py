@@ -78,9 +78,15 @@ async def _work(
     house = House(store, sessions, transfers, troubles, config.spool_bytes, now)
     spool = Spool(config.state / "spool", troubles)
     coordinator = Coordinator(
-        run, house, spool, config.state, config.heartbeat_s, lambda rounds, parent: runs.further(house.clock(), rounds, parent)
+        run,
+        house,
+        spool,
+        config.state,
+        config.heartbeat_s,
+        lambda rounds, parent: runs.further(house.clock(), rounds, parent),
+        config.limits,
     )
-    federation = FederationService(coordinator, sessions, transfers, config.heartbeat_s, config.limits)
+    federation = FederationService(coordinator, sessions, transfers, config.limits)
     doors = Doors(config, membership, federation, AdminService(coordinator, store, membership))
     membership.expelled = lambda name, reason: _expel(doors, coordinator, name, reason)
     membership.replaced = lambda name, reason: doors.end_calls(name, Revoked(reason))

@@ -16,13 +16,16 @@ from choral.plan import Kind
 from choral_server import cohort, disk
 from choral_server.attendance import Attendance
 from choral_server.collection import Collection, House, assignment_id
+from choral_server.config import Limits
 from choral_server.database import SUBJECT as DATABASE
 from choral_server.diagnosis import Condition
 from choral_server.failpoints import Transition
 from choral_server.intake import payload_bytes
+from choral_server.pace import Rhythm
 from choral_server.patience import patiently
+from choral_server.places import Places
 from choral_server.records import EventRecord, RunState
-from choral_server.rounds import Part, Parts, PartState, Round, RoundState, discarded
+from choral_server.rounds import OPEN_PARTS, Part, Parts, PartState, Round, RoundState, discarded
 from choral_server.run import ARTIFACTS, Run
 from choral_server.schedule import next_due
 from choral_server.spool import DISK, Spool
@@ -49,9 +52,17 @@ class Coordinator:
         state: Path,
         heartbeat_s: float,
         open_next: Callable[[int, Run | None], Awaitable[Run]],
+        limits: Limits | None = None,
     ) -> None:
+        limits = limits or Limits()
         self.run = run
-        self.attendance = Attendance(house, heartbeat_s, self.wake)
+        self.places = Places(
+            limits.places, limits.returns_per_s, run.settings.seed, house.store.clients, self._at_work, self._rhythm
+        )
+        self.attendance = Attendance(house, heartbeat_s, self.wake, self.places, limits.heartbeats_per_s)
+        self._returns_per_s = limits.returns_per_s
+        self._round_s = self._cycle_s = 1.0  # of the last round: how long it took, and since the opening of the one before
+        self._opened_at: datetime | None = None
         self._house = house
         self._spool = spool
         self._state = state
@@ -205,6 +216,7 @@ class Coordinator:
             closed = await self._closed(run, collection)
         finally:
             self.attendance.collection = None
+        self._round_s = closed.duration_s or self._round_s
         collection.spool.clear()
         _log_round(run, closed)
         if closed.state is RoundState.DONE and collection.tally.aggregate is not None:
@@ -252,7 +264,29 @@ class Coordinator:
             parent=run.version.digest,
         )
         await run.open(opened)
+        self._count_turn(opened.opened_at)
         return self._collection(run, opened)
+
+    def _count_turn(self, opened_at: datetime) -> None:
+        self.places.opened(opened_at)
+        if self._opened_at is not None:
+            self._cycle_s = (opened_at - self._opened_at).total_seconds()
+        self._opened_at = opened_at
+
+    def _rhythm(self) -> Rhythm:
+        """What those who are sent away can expect."""
+        settings, due = self.run.settings, self.run.record.next_round_at
+        if due is None:
+            return Rhythm(self._round_s, self._cycle_s)
+        wait_s = (due - self._house.clock()).total_seconds()
+        cycle_s = (next_due(settings.schedule, due, due) - due).total_seconds()
+        return Rhythm(max(0.0, wait_s) + self._round_s, max(cycle_s, self._round_s))
+
+    def _at_work(self, client: str) -> bool:
+        """Whether something is awaited from a client."""
+        collection = self.attendance.collection
+        part = collection.round.part_of(client) if collection is not None else None
+        return part is not None and part.state in OPEN_PARTS
 
     def _collection(self, run: Run, round: Round) -> Collection:
         return Collection(run, round, self._spool.of(round.run, round.number), self._house)
@@ -358,8 +392,11 @@ class Coordinator:
     async def dismiss(self, patience_s: float) -> None:
         """Send everyone away, for good if the run is what ends; wait at most `patience_s` until they are gone."""
         for_good = not self.run.active and not self.draining
-        farewell = ComeBack(None, self.run.record.reason) if for_good else ComeBack(RESTART_S, "the coordinator restarts")
-        self._house.sessions.say_all(farewell)
+        here = self._house.sessions.present()
+        for number, client in enumerate(here):
+            after_s = RESTART_S + number / self._returns_per_s  # or all would knock at once
+            farewell = ComeBack(None, self.run.record.reason) if for_good else ComeBack(after_s, "the coordinator restarts")
+            self._house.sessions.say(client, farewell)
         try:
             async with asyncio.timeout(patience_s):
                 await self._house.sessions.emptied()

@@ -174,6 +174,8 @@ CLIENTS = Table(
     Column("reason", Words, nullable=False),
     Column("refused", sa.BigInteger, nullable=False),
     Column("quarantine", Words, nullable=False),
+    Column("waits_since", Moment),
+    Column("away_until", Moment),
 )
 
 EVENTS = Table(
@@ -355,6 +357,8 @@ def client_to_row(record: ClientRecord) -> Row:
         "reason": record.reason,
         "refused": record.refused,
         "quarantine": record.quarantine,
+        "waits_since": record.waits_since,
+        "away_until": record.away_until,
     }
 
 
