@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NoReturn
 
@@ -56,12 +56,22 @@ class Attendance:
         if (leaving := self._places.leaves_for(hello.client, now)) is None:
             record = self._record(hello.client, hello.examples, hello.software, address)
             return self._sent_away(record, FULL)
-        if leaving and (session := self._house.sessions.of(leaving)) is not None:
-            session.say(self._sent_away(self._house.store.clients[leaving], HAD_ITS_TURN))
-            self._house.sessions.leave(session)
-            self._gone(leaving)
+        self._make_room([leaving] if leaving else [])
         self._places.take(hello.client)
         return None
+
+    def turn_over(self) -> None:
+        """Between two rounds: let those who have had their turn make room for those who are about to come."""
+        if self._places is not None:
+            self._make_room(self._places.turn_over(self._house.clock()))
+
+    def _make_room(self, leaving: Iterable[str]) -> None:
+        house = self._house
+        for name in leaving:
+            if (session := house.sessions.of(name)) is not None:
+                session.say(self._sent_away(house.store.clients[name], HAD_ITS_TURN))
+                house.sessions.leave(session)
+                self._gone(name)
 
     def _sent_away(self, client: ClientRecord, reason: str) -> ComeBack:
         """A client is told to come back, and stands in line until it does."""

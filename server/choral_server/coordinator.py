@@ -56,9 +56,7 @@ class Coordinator:
     ) -> None:
         limits = limits or Limits()
         self.run = run
-        self.places = Places(
-            limits.places, limits.returns_per_s, run.settings.seed, house.store.clients, self._at_work, self._rhythm
-        )
+        self.places = Places(limits.places, limits.returns_per_s, house.store.clients, self._at_work, self._rhythm)
         self.attendance = Attendance(house, heartbeat_s, self.wake, self.places, limits.heartbeats_per_s)
         self._returns_per_s = limits.returns_per_s
         self._round_s = self._cycle_s = 1.0  # of the last round: how long it took, and since the opening of the one before
@@ -222,6 +220,8 @@ class Coordinator:
         if closed.state is RoundState.DONE and collection.tally.aggregate is not None:
             self._house.sessions.say_all(NewVersion(run.version))
         await self._measure(run)
+        if self._goes_on(run) and run.next_kind() is Kind.TRAINING:
+            self.attendance.turn_over()
         return closed
 
     async def _closed(self, run: Run, collection: Collection) -> Round:

@@ -7,14 +7,13 @@ and meet a quorum; many come one after the other, and no herd knocks at once. Wh
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 LEAST_S = 1.0
 LONGEST_S = 86_400.0  # what a client takes, and a coordinator may ask: see choral.wire
-GRACE_S = 30.0  # for as long a place is kept for one who is due
+GRACE_S = 30.0  # for as long a place is kept for one who is due, and at most before that
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,30 +32,18 @@ class Waiting:
     until: datetime
 
 
-def comes_back_s(client: str, seed: int, ahead: int, line: int, capacity: int, returns_per_s: float, rhythm: Rhythm) -> float:
-    """In how many seconds a client is to come back of which `ahead` are before it in a line of `line`, itself included.
+def comes_back_s(ahead: int, capacity: int, returns_per_s: float, rhythm: Rhythm) -> float:
+    """In how many seconds a client is to come back that has `ahead` others before it in the line.
 
-    At most `capacity` come in one turn, spread evenly, by a draw from seed and name, at `returns_per_s` on the average.
+    At most `capacity` come in one turn, one after the other at `returns_per_s`, who has waited longest first.
     """
-    turn = ahead // capacity
-    spread_s = _group(turn, line, capacity) / returns_per_s
+    turn, place = divmod(ahead, capacity)
     turn_s = max(rhythm.cycle_s, capacity / returns_per_s)
-    after_s = rhythm.next_s + turn * turn_s + _drawn(client, seed, turn) * spread_s
-    return min(max(after_s, LEAST_S), LONGEST_S)
+    return min(max(rhythm.next_s + turn * turn_s, LEAST_S) + place / returns_per_s, LONGEST_S)
 
 
-def owed(line: Iterable[Waiting], mine: datetime, now: datetime) -> int:
-    """How many places are kept for those in line who came before `mine`: who is due, and may still come."""
+def coming(line: Iterable[Waiting], now: datetime, rhythm: Rhythm, before: datetime | None = None) -> int:
+    """How many of those in line are about to come, or due and may still; only those who stand in it since `before`, if given."""
     grace = timedelta(seconds=GRACE_S)
-    return sum(each.since < mine and each.until <= now <= each.until + grace for each in line)
-
-
-def _group(turn: int, line: int, capacity: int) -> int:
-    """How many come back in a turn."""
-    return max(1, min(capacity, line - turn * capacity))
-
-
-def _drawn(client: str, seed: int, turn: int) -> float:
-    """Uniform in [0, 1)."""
-    drawn = hashlib.sha256(f"{seed}/{turn}/{client}".encode()).digest()
-    return int.from_bytes(drawn[:7]) / 2**56
+    soon = min(grace, timedelta(seconds=rhythm.cycle_s))
+    return sum(now - grace <= each.until <= now + soon and (before is None or each.since < before) for each in line)

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from choral.messages import ComeBack
 
-from choral_server.pace import Rhythm, Waiting, comes_back_s, owed
+from choral_server.pace import Rhythm, Waiting, comes_back_s, coming
 from choral_server.records import ClientRecord
 
 FULL = "the coordinator has no place left for more clients at once"
@@ -35,14 +35,12 @@ class Places:
         self,
         capacity: int,
         returns_per_s: float,
-        seed: int,
         clients: dict[str, ClientRecord],
         busy: Callable[[str], bool],
         rhythm: Callable[[], Rhythm],
     ) -> None:
         self._capacity = capacity
         self._returns_per_s = returns_per_s
-        self._seed = seed
         self._clients = clients
         self._busy = busy
         self._rhythm = rhythm
@@ -60,17 +58,20 @@ class Places:
         if client in self._held:
             return ""
         mine = self._line[client].since if client in self._line else now
-        kept = owed(self._line.values(), mine, now)
+        kept = coming(self._line.values(), now, self._rhythm(), mine)
         free = self._capacity - len(self._held)
         if free > kept:
             return ""
         known = self._clients.get(client)
         if known is not None and known.quarantine:  # whom nobody asks takes no place from others
             return None
-        leaving = [(rank, name) for name, place in self._held.items() if (rank := self._rank(name, place)) is not None]
-        if not leaving or len(leaving) + free <= kept:
-            return None
-        return min(leaving, key=lambda each: each[0])[1]  # of several the one that came first
+        leaving = self._leaving()
+        return leaving[0] if leaving and len(leaving) + free > kept else None
+
+    def turn_over(self, now: datetime) -> list[str]:
+        """Between two rounds, when nobody is at work: who must leave so that those have places that are about to come."""
+        wanted = coming(self._line.values(), now, self._rhythm()) - (self._capacity - len(self._held))
+        return self._leaving()[: max(0, wanted)]
 
     def take(self, client: str) -> None:
         """A client has a place from now on."""
@@ -86,9 +87,7 @@ class Places:
         """Let a client stand in line: what it is told, and what is kept of it. Who stood there before keeps its place."""
         before = self._line.get(client)
         since = before.since if before is not None else now
-        ahead = self._ahead(client)
-        line = max(len(self._line), ahead + 1)
-        after_s = comes_back_s(client, self._seed, ahead, line, self._capacity, self._returns_per_s, self._rhythm())
+        after_s = comes_back_s(self._ahead(client), self._capacity, self._returns_per_s, self._rhythm())
         self._line[client] = Waiting(since, now + timedelta(seconds=after_s))
         return ComeBack(after_s, reason), self._line[client]
 
@@ -97,6 +96,11 @@ class Places:
         if client not in self._line:
             return len(self._line)
         return next(place for place, name in enumerate(self._line) if name == client)
+
+    def _leaving(self) -> list[str]:
+        """Those who can leave, and who first: of several the one that came first."""
+        ranked = [(rank, name) for name, place in self._held.items() if (rank := self._rank(name, place)) is not None]
+        return [name for _, name in sorted(ranked, key=lambda each: each[0])]
 
     def _rank(self, name: str, place: Place) -> int | None:
         """Who leaves first; None: this one stays."""
