@@ -7,7 +7,8 @@ One process (`swarm.py`) holds all clients; each has its own certificate, connec
 
     memory       how much the coordinator's resident memory grows with each session
     joins        sessions per second, while clients connect as fast as they can
-    heartbeats   the share of one core that the coordinator takes while all sessions are idle and say every 15 s that they live
+    heartbeats   the share of one core that the coordinator takes while all sessions are idle and say as often as they are asked to
+                 (every 15 s, or seldomer if there are many: limits.heartbeats_per_s) that they live
     round        medians of the rounds' duration, from opening until the version is written
     announcement from the opening of a round, before it is stored, until a client of the cohort has heard of it
     cpu          what the coordinator and the swarm spend on one client's part in one round
@@ -80,7 +81,7 @@ async def measure(size: Size, rounds: int, idle_s: float) -> Figures:
         await admin.PauseRun(pb.PauseRunRequest())
         async with swarm(here.folder, here.address, who, manifest, size.params) as clients:
             session_kb, joins_per_s = await joined(here, clients, size.sessions)
-            clients.beat(HEARTBEAT_S)
+            clients.beat()
             share = await spent_by(here, asyncio.sleep(idle_s)) / idle_s
             await admin.ResumeRun(pb.ResumeRunRequest())
             await published(clients, WARM_UP)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import heapq
 import os
 import time
 from collections import defaultdict
@@ -34,6 +35,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 JOINING = 100  # clients that are connecting at a time
 _DAY_S = 86_400.0
+_AT_ONCE_S = 0.005  # heartbeats that are due within this time are said without a pause between them
 _OPTIONS = [("grpc.keepalive_time_ms", 30_000), ("grpc.initial_reconnect_backoff_ms", 100)]  # as the client's own
 _BEAT = wire.from_client_to_pb(Heartbeat()).SerializeToString()
 
@@ -61,6 +63,7 @@ class Client:
         self.name = name
         self.channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
         self.call: Any = None
+        self.heartbeat_s = 0.0
         self._writing = asyncio.Lock()  # gRPC takes one message of a stream at a time
 
     async def attend(self, hello: bytes) -> None:
@@ -68,7 +71,8 @@ class Client:
         attend = self.channel.stream_stream("/choral.v1.Federation/Attend", None, pb.AttendResponse.FromString)
         self.call = attend()
         await self._write(hello)
-        await self.call.read()
+        welcome = await self.call.read()
+        self.heartbeat_s = welcome.welcome.heartbeat_s
 
     async def say(self, assignment: str, phase: Phase) -> None:
         """Tell how the assignment goes."""
@@ -126,19 +130,21 @@ class Swarm:
         await self.awaiting(asyncio.gather(*map(one, fresh)))
         return time.perf_counter() - began
 
-    def beat(self, every_s: float) -> None:
-        """Let each client say every so many seconds that it is alive, from now on; all are spread evenly over that time."""
-        self._aside(self._beat(every_s))
+    def beat(self) -> None:
+        """Let each client say that it lives, from now on, as often as it was asked to; all are spread evenly over that time."""
+        self._aside(self._beat())
 
-    async def _beat(self, every_s: float) -> None:
+    async def _beat(self) -> None:
+        began, count = time.monotonic(), len(self.clients)
+        due = [(began + client.heartbeat_s * place / count, place) for place, client in enumerate(self.clients)]
+        heapq.heapify(due)
         while True:
-            began = time.monotonic()
-            for place, client in enumerate(self.clients):
-                due = began + every_s * place / len(self.clients)
-                if (wait_s := due - time.monotonic()) > 0.005:
-                    await asyncio.sleep(wait_s)
-                await client.beat()
-            await asyncio.sleep(max(0.0, began + every_s - time.monotonic()))
+            at, place = due[0]
+            if (wait_s := at - time.monotonic()) > _AT_ONCE_S:
+                await asyncio.sleep(wait_s)
+            client = self.clients[place]
+            await client.beat()
+            heapq.heapreplace(due, (at + client.heartbeat_s, place))
 
     async def awaiting(self, what: Any) -> Any:
         """The result of `what`. Raises ChoralError: a session failed meanwhile."""
