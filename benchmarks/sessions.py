@@ -1,7 +1,7 @@
 """What many clients cost one coordinator: sessions that are idle, and rounds with a large cohort, over mTLS on loopback.
 
     python benchmarks/sessions.py [--sessions 2000] [--cohort 1000] [--params 1700] [--rounds 10] [--idle-s 30] [--json]
-    python benchmarks/sessions.py --sweep docs/scale.png [--sessions 2000] [--json]
+    python benchmarks/sessions.py --sweep docs/scale.png [--sessions 2000] [--cohort 800] [--params 1000000] [--json]
 
 One process (`swarm.py`) holds all clients; each has its own certificate, connection and stream. Printed are
 
@@ -16,8 +16,8 @@ One process (`swarm.py`) holds all clients; each has its own certificate, connec
 The swarm shares this machine's cores with the coordinator, and takes more of them: it does the clients' half of each handshake and
 transfer for all. Announcements are timed by the swarm, whose own queue is in them.
 
-`--sweep` measures how costs grow with the number of sessions, the cohort and the model's size, each by itself, fits the exponent b
-of cost = a · size^b, and draws that.
+`--sweep` measures how costs grow with the number of sessions, the cohort and the model's size, each by itself in four steps up to
+what is given, fits the exponent b of cost = a · size^b, prints it and draws it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from choral.flat import describe
@@ -39,10 +40,11 @@ from federation import Federation, at_least, federation, progress, tidily
 from swarm import Swarm, swarm
 
 TASK = "empty_task:task"
-FIRST = 20  # sessions that pay for what all share, and are not counted
+FIRST = 10  # sessions that pay for what all share, and are not counted
 WARM_UP = 2  # rounds that are not counted
 HEARTBEAT_S = 15.0
 ENDLESS = 1_000_000  # rounds
+STEP = 2  # from one size of a sweep to the next
 SETTLING_S = 1.0  # until what joining has left behind is freed
 
 
@@ -132,6 +134,64 @@ async def published(clients: Swarm, versions: int) -> None:
             advance()
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How a cost grew with a size: cost = factor · size^exponent, fitted to the logarithms."""
+
+    cost: str
+    size: str
+    sizes: tuple[int, ...]
+    costs: tuple[float, ...]
+    exponent: float
+    factor: float
+
+    @classmethod
+    def of(cls, cost: str, size: str, sizes: Sequence[int], costs: Sequence[float]) -> Growth:
+        """Fitted by least squares."""
+        exponent, logarithm = np.polyfit(np.log(sizes), np.log(costs), 1)
+        return cls(cost, size, tuple(sizes), tuple(costs), float(exponent), float(np.exp(logarithm)))
+
+
+async def sweep(most: Size, rounds: int, idle_s: float) -> list[Growth]:
+    """One size after the other grows up to the most, by a factor of `STEP` each time; the other two stay small."""
+    small = Size(max(FIRST + 1, most.sessions // STEP**3), max(1, most.cohort // STEP**3), max(1, most.params // 10**3))
+    grown = [most.sessions // STEP**by for by in (3, 2, 1, 0)]
+    found = [await measure(Size(max(FIRST + 1, many), min(small.cohort, many), small.params), rounds, idle_s) for many in grown]
+    memory = [each.session_kb * many / 1024 for each, many in zip(found, grown, strict=True)]
+    joining = [many / each.joins_per_s for each, many in zip(found, grown, strict=True)]
+    growths = [Growth.of("memory, MB", "sessions", grown, memory), Growth.of("joining, s", "sessions", grown, joining)]
+    cohorts = [max(1, most.cohort // STEP**by) for by in (3, 2, 1, 0)]
+    found = [await measure(Size(max(FIRST + 1, many), many, small.params), rounds, idle_s) for many in cohorts]
+    growths += of_rounds("clients in the cohort", cohorts, found)
+    params = [max(1, most.params // 10**by) for by in (3, 2, 1, 0)]
+    found = [await measure(Size(small.sessions, small.cohort, many), rounds, idle_s) for many in params]
+    return growths + of_rounds("parameters", params, found, small.cohort)
+
+
+def of_rounds(size: str, sizes: Sequence[int], found: Sequence[Figures], cohort: int | None = None) -> list[Growth]:
+    """What rounds cost; `cohort` is that of all of them, if it is not what grows."""
+    cpu_s = [each.server_cpu_ms_per_part * (cohort or many) / 1000 for each, many in zip(found, sizes, strict=True)]
+    durations_s = [each.round_s_p50 for each in found]
+    return [Growth.of("a round, s", size, sizes, durations_s), Growth.of("coordinator's CPU a round, s", size, sizes, cpu_s)]
+
+
+def draw(growths: Sequence[Growth], path: Path) -> None:
+    """One panel for each size."""
+    from matplotlib.figure import Figure
+
+    sizes = list(dict.fromkeys(each.size for each in growths))
+    figure = Figure(figsize=(4.2 * len(sizes), 3.8), layout="constrained")
+    for panel, size in zip(figure.subplots(1, len(sizes)), sizes, strict=True):
+        for each in (each for each in growths if each.size == size):
+            (points,) = panel.loglog(each.sizes, each.costs, "o")
+            fitted = [each.factor * number**each.exponent for number in each.sizes]
+            panel.loglog(each.sizes, fitted, color=points.get_color(), label=f"{each.cost} ~ n^{each.exponent:.2f}")
+        panel.set_xlabel(size)
+        panel.legend(fontsize=8)
+        panel.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=120)
+
+
 def opened(round: pb.Round) -> float:
     """When, by the clock on the wall."""
     return round.opened_at.ToNanoseconds() / 1e9
@@ -158,11 +218,19 @@ def main() -> None:
     parser.add_argument("--params", type=at_least(1), default=1700)
     parser.add_argument("--rounds", type=at_least(1), default=10)
     parser.add_argument("--idle-s", type=at_least(1), default=30)
+    parser.add_argument("--sweep", type=Path, metavar="PNG", help="measure how costs grow, and draw that")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.cohort > options.sessions:
         parser.error(f"--cohort {options.cohort} is more than --sessions {options.sessions}")
     size = Size(options.sessions, options.cohort, options.params)
+    if options.sweep is not None:
+        growths = asyncio.run(sweep(size, options.rounds, options.idle_s))
+        draw(growths, options.sweep)
+        for each in growths:
+            told = f"{each.cost:30} grows with {each.size:22} as n^{each.exponent:.2f}"
+            print(json.dumps(asdict(each)) if options.json else told)
+        return
     report(size, asyncio.run(measure(size, options.rounds, options.idle_s)), options.json)
 
 

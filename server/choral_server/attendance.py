@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from datetime import timedelta
 from typing import NoReturn
 
 import structlog
@@ -151,10 +153,12 @@ class Attendance:
         if self.collection is not None:
             self.collection.reported(session.client, status)
 
-    def heard(self, session: Session) -> None:
-        """A client says that it is alive."""
-        store = self._house.store
-        store.clients[session.client] = replace(store.clients[session.client], heard_at=self._house.clock())
+    def note_heard(self) -> None:
+        """Bring the records up to date: when each session was last heard is noted there only, since heartbeats are many."""
+        store, now, clock = self._house.store, self._house.clock(), time.monotonic()
+        for session in self._house.sessions:
+            client, silent_s = store.clients[session.client], clock - session.heard_at
+            store.clients[session.client] = replace(client, heard_at=now - timedelta(seconds=silent_s))
 
     async def expects(self, header: UploadHeader) -> Receipt | Collection:
         """Who takes the bytes of an upload, or the receipt that it gets instead.

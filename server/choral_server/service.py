@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from choral.errors import (
     Unreachable,
     UpdateRefused,
 )
-from choral.messages import ComeBack, Heartbeat, Hello, Receipt, Status, UploadHeader, Verdict, Welcome
+from choral.messages import ComeBack, Hello, Receipt, Status, UploadHeader, Verdict, Welcome
 from choral.status import abort
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
@@ -163,15 +164,13 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
     async def _listen(self, session: Session, requests: AsyncIterator[pb.AttendRequest], call: Call) -> None:
         """Read what the client says until it stops, or breaks the contract; end the call if it falls silent."""
-        silence = Silence(_SILENT_BEATS * session.heartbeat_s, call)
+        silence = Silence(session, call)
         try:
             while (request := await anext(requests, None)) is not None:
-                silence.broken()
+                session.heard_at = time.monotonic()
                 match wire.from_client_from_pb(request):
                     case Status() as status:
                         self._attendance.reported(session, status)
-                    case Heartbeat():
-                        self._attendance.heard(session)
                     case Hello():
                         raise InvalidMessage("a second hello on one stream")
         finally:
@@ -304,27 +303,25 @@ class Voice:
 
 
 class Silence:
-    """Ends a call when nothing was heard for `longest_s`: one timer, which looks again when that may have happened."""
+    """Ends the call of a session that says nothing for too long: one timer, which looks again when that may have happened."""
 
-    def __init__(self, longest_s: float, call: Call) -> None:
-        self._longest_s = longest_s
+    def __init__(self, session: Session, call: Call) -> None:
+        self._session = session
         self._call = call
-        self._loop = asyncio.get_running_loop()
-        self._heard_at = self._loop.time()
-        self._timer = self._loop.call_later(longest_s, self._look)
-
-    def broken(self) -> None:
-        """Something was heard."""
-        self._heard_at = self._loop.time()
+        self._longest_s = _SILENT_BEATS * session.heartbeat_s
+        self._timer = self._again_in(self._longest_s)
 
     def end(self) -> None:
         """Look no more."""
         self._timer.cancel()
 
+    def _again_in(self, seconds: float) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(seconds, self._look)
+
     def _look(self) -> None:
-        left_s = self._heard_at + self._longest_s - self._loop.time()
+        left_s = self._session.heard_at + self._longest_s - time.monotonic()
         if left_s > 0:
-            self._timer = self._loop.call_later(left_s, self._look)
+            self._timer = self._again_in(left_s)
             return
         # not the client's fault if a machine was suspended, its own or ours: it may come back
         told = f"nothing heard for {self._longest_s:g} s; heartbeats are due three times as often"

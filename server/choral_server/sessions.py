@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from choral.errors import InvalidMessage, ManifestMismatch, NameTaken, TaskMismatch
@@ -19,7 +20,8 @@ class Session:
     closed: that ends once all is written.
 
     Of a client that does not read, no more than `unread` messages wait: then `stop` is called, and `fault` says why.
-    `history` is the newest head that the client was handed before, `heartbeat_s` how often it is asked to say that it lives.
+    `history` is the newest head that the client was handed before, `heartbeat_s` how often it is asked to say that it lives, and
+    `heard_at` when it was last heard, by the monotonic clock.
     """
 
     client: str
@@ -32,6 +34,7 @@ class Session:
     fault: str = ""
     history: Head | None = None
     heartbeat_s: float = 15.0
+    heard_at: float = field(default_factory=time.monotonic)
     outbox: list[FromCoordinator] = field(default_factory=list)
     closed: bool = False
     wake: Callable[[], object] = lambda: None
@@ -68,6 +71,9 @@ class Sessions:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(tuple(self._open.values()))
 
     def admit(self, hello: Hello, address: str, unread: int = 256) -> Session:
         """Open a session. The same start of a client takes over from its own broken stream.

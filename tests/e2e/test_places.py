@@ -20,16 +20,20 @@ def test_all_contribute_though_few_may_attend_at_once(quick: Federation) -> None
 
 
 def test_who_has_no_place_is_on_record_with_the_time_of_its_return(quick: Federation) -> None:
-    quick.coordinator(run={"rounds": 1, "cohort_size": 1}, limits={"sessions": 1}, evaluation={"clients": False})
+    quick.coordinator(run={"rounds": 1, "cohort_size": 1}, limits={"sessions": 1, "returns_per_s": 0.1}, evaluation={"clients": False})
     with Scripted(quick, hello("alice")) as alice:
         assert alice.hear("assignment").round == 0
         with Scripted(quick, hello("bob")) as bob:
             told = bob.hear("come_back")
             assert told.after_s >= 1
             assert told.reason == "the coordinator has no place left for more clients at once"
+        with Scripted(quick, hello("carol")) as carol:
+            assert carol.hear("come_back").after_s >= 11  # ten seconds after bob
         found = {row["name"]: row for row in quick.rows("clients", "list")}
-        assert found["alice"]["attending"] and "away_until" not in found["alice"]
-        assert not found["bob"]["attending"] and found["bob"]["away_until"]
+        assert found["alice"]["attending"]
+        assert "away_until" not in found["alice"]
+        assert not found["bob"]["attending"]
+        assert found["bob"]["away_until"]
 
 
 def test_with_many_sessions_each_is_asked_for_fewer_heartbeats(quick: Federation) -> None:
