@@ -29,6 +29,7 @@ from choral.plan import Kind
 from choral.status import from_rpc
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
+from choral_server.open_files import allow
 from choral_server.trust import CA_CERTIFICATE, CA_KEY, Authority
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -100,6 +101,7 @@ class Swarm:
     """
 
     def __init__(self, folder: Path, address: str, task: tuple[str, str], manifest: Manifest, params: int) -> None:
+        allow(0)  # each connection is an open file
         self.clients: list[Client] = []
         self.announced_at: defaultdict[int, list[float]] = defaultdict(list)
         self.versions: asyncio.Queue[int] = asyncio.Queue()

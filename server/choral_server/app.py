@@ -18,7 +18,7 @@ from choral.errors import ConfigError, Revoked
 from choral.metrics import LOSS
 from choral.task import Task, load_task
 
-from choral_server import failpoints
+from choral_server import failpoints, open_files
 from choral_server.admin import AdminService
 from choral_server.artifacts import Artifacts, open_artifacts
 from choral_server.checkpoints import Checkpoints
@@ -53,6 +53,7 @@ async def serve(config: ServerConfig, ready: Callable[[HostPort], None] = lambda
     TrustError, or LeaseLost: another coordinator has taken over.
     """
     failpoints.check()
+    open_files.allow(config.limits.connections)
     task = load_task(config.task)
     test_set = task.examples(config.evaluation.test_set) if config.evaluation.test_set is not None else None
     _check_objective(config.run.objective.metric, task)

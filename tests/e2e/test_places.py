@@ -20,7 +20,9 @@ def test_all_contribute_though_few_may_attend_at_once(quick: Federation) -> None
 
 
 def test_who_has_no_place_is_on_record_with_the_time_of_its_return(quick: Federation) -> None:
-    quick.coordinator(run={"rounds": 1, "cohort_size": 1}, limits={"sessions": 1, "returns_per_s": 0.1}, evaluation={"clients": False})
+    quick.coordinator(
+        run={"rounds": 1, "cohort_size": 1}, limits={"sessions": 1, "returns_per_s": 0.1}, evaluation={"clients": False}
+    )
     with Scripted(quick, hello("alice")) as alice:
         assert alice.hear("assignment").round == 0
         with Scripted(quick, hello("bob")) as bob:
