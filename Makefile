@@ -51,6 +51,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/stragglers.py
 	$(BIN)/python benchmarks/uploads.py
 	$(BIN)/python benchmarks/flood.py
+	$(BIN)/python benchmarks/sessions.py
 
 wheel: $(READY)
 	$(BIN)/python -m build

@@ -83,7 +83,6 @@ async def measure(size: Size, rounds: int, idle_s: float) -> Figures:
         await admin.PauseRun(pb.PauseRunRequest())
         async with swarm(here.folder, here.address, who, manifest, size.params) as clients:
             session_kb, joins_per_s = await joined(here, clients, size.sessions)
-            clients.beat()
             share = await spent_by(here, asyncio.sleep(idle_s)) / idle_s
             await admin.ResumeRun(pb.ResumeRunRequest())
             await published(clients, WARM_UP)

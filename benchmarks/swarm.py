@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import heapq
 import os
+import random
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -36,7 +37,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 JOINING = 100  # clients that are connecting at a time
 _DAY_S = 86_400.0
-_AT_ONCE_S = 0.005  # heartbeats that are due within this time are said without a pause between them
+_LOOK_S = 0.005  # how often it is looked whether heartbeats are due
 _OPTIONS = [("grpc.keepalive_time_ms", 30_000), ("grpc.initial_reconnect_backoff_ms", 100)]  # as the client's own
 _BEAT = wire.from_client_to_pb(Heartbeat()).SerializeToString()
 
@@ -111,8 +112,11 @@ class Swarm:
         self._manifest = manifest
         self._result = np.random.default_rng(1).normal(0, 1e-3, params).astype(np.float32)
         self._newest = 0
+        self._due: list[tuple[float, int]] = []  # heartbeats: when, and of the client in which place
+        self._rng = random.Random(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._aside(self._beat())
 
     async def join(self, count: int, joined: Callable[[], None] = lambda: None) -> float:
         """So many more clients attend; the seconds that took, without making certificates."""
@@ -122,31 +126,26 @@ class Swarm:
         self.clients += fresh
         free = asyncio.Semaphore(JOINING)
 
-        async def one(client: Client) -> None:
+        async def one(client: Client, place: int) -> None:
             async with free:
                 await client.attend(self._hello(client.name))
+            heapq.heappush(self._due, (time.monotonic() + self._rng.uniform(0.5, 1) * client.heartbeat_s, place))
             self._aside(self._listen(client))
             joined()
 
         began = time.perf_counter()
-        await self.awaiting(asyncio.gather(*map(one, fresh)))
+        await self.awaiting(asyncio.gather(*map(one, fresh, range(first, first + count))))
         return time.perf_counter() - began
 
-    def beat(self) -> None:
-        """Let each client say that it lives, from now on, as often as it was asked to; all are spread evenly over that time."""
-        self._aside(self._beat())
-
     async def _beat(self) -> None:
-        began, count = time.monotonic(), len(self.clients)
-        due = [(began + client.heartbeat_s * place / count, place) for place, client in enumerate(self.clients)]
-        heapq.heapify(due)
+        """Let each client say that it lives, as often as it was asked to."""
         while True:
-            at, place = due[0]
-            if (wait_s := at - time.monotonic()) > _AT_ONCE_S:
-                await asyncio.sleep(wait_s)
-            client = self.clients[place]
-            await client.beat()
-            heapq.heapreplace(due, (at + client.heartbeat_s, place))
+            while self._due and self._due[0][0] <= time.monotonic():
+                at, place = self._due[0]
+                client = self.clients[place]
+                heapq.heapreplace(self._due, (at + client.heartbeat_s, place))
+                await client.beat()
+            await asyncio.sleep(_LOOK_S)
 
     async def awaiting(self, what: Any) -> Any:
         """The result of `what`. Raises ChoralError: a session failed meanwhile."""
