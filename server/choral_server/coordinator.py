@@ -35,6 +35,7 @@ from choral_server.state_folder import lock_of
 log = structlog.get_logger()
 RESTART_S = 2.0  # when clients come back after a coordinator that was told to end
 _LATELY = 3  # rounds
+_STANDSTILL_S = 60.0  # when clients for which there is no place look again while no round will open by itself
 _LOOK_AGAIN_S = 2.0  # how often a full disk is looked at
 
 
@@ -275,7 +276,10 @@ class Coordinator:
 
     def _rhythm(self) -> Rhythm:
         """What those who are sent away can expect."""
-        settings, due = self.run.settings, self.run.record.next_round_at
+        settings, record = self.run.settings, self.run.record
+        if record.paused or not self.run.active:
+            return Rhythm(max(_STANDSTILL_S, self._round_s), max(_STANDSTILL_S, self._cycle_s))
+        due = record.next_round_at
         if due is None:
             return Rhythm(self._round_s, self._cycle_s)
         wait_s = (due - self._house.clock()).total_seconds()

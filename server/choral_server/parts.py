@@ -46,7 +46,9 @@ class Part:
 
 def as_kept(part: Part) -> Part:
     """What of a part outlives the process: how an open one goes does not."""
-    return replace(part, state=PartState.ANNOUNCED, reason="") if part.state in OPEN_PARTS else part
+    if part.state not in OPEN_PARTS or (part.state is PartState.ANNOUNCED and not part.reason):
+        return part
+    return replace(part, state=PartState.ANNOUNCED, reason="")
 
 
 class Parts(Mapping[str, Part]):
