@@ -105,7 +105,7 @@ class Limits(Settings):
     sixths of connections, if not given"""
     returns_per_s: Annotated[float, Field(gt=0, le=100_000)] = 50.0
     """clients sent away that come back in a second, on the average: few come together, many one after the other"""
-    heartbeats_per_s: Annotated[float, Field(gt=0, le=1_000_000)] = 150.0
+    heartbeats_per_s: Annotated[float, Field(gt=0, le=1_000_000)] = 100.0
     """heartbeats wanted in a second; when so many attend that there would be more, those who join are asked for fewer"""
 
     @property

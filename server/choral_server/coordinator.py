@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 from choral.errors import ConfigError, UnknownVersion, UpdateRefused, WrongState
-from choral.messages import ComeBack, NewVersion
+from choral.messages import ComeBack
 from choral.plan import Kind
 
 from choral_server import cohort, disk
@@ -20,6 +20,7 @@ from choral_server.config import Limits
 from choral_server.database import SUBJECT as DATABASE
 from choral_server.diagnosis import Condition
 from choral_server.failpoints import Transition
+from choral_server.herald import Herald
 from choral_server.intake import payload_bytes
 from choral_server.pace import Rhythm
 from choral_server.patience import patiently
@@ -57,6 +58,7 @@ class Coordinator:
     ) -> None:
         limits = limits or Limits()
         self.run = run
+        self._herald = Herald(house.sessions)
         self.places = Places(limits.places, limits.returns_per_s, house.store.clients, self._at_work, self._rhythm)
         self.attendance = Attendance(house, heartbeat_s, self.wake, self.places, limits.heartbeats_per_s)
         self._returns_per_s = limits.returns_per_s
@@ -219,7 +221,7 @@ class Coordinator:
         collection.spool.clear()
         _log_round(run, closed)
         if closed.state is RoundState.DONE and collection.tally.aggregate is not None:
-            self._house.sessions.say_all(NewVersion(run.version))
+            self._herald.proclaim(run.version)
         await self._measure(run)
         if self._goes_on(run) and run.next_kind() is Kind.TRAINING:
             self.attendance.turn_over()
@@ -317,7 +319,7 @@ class Coordinator:
             await run.save(back_to=None, others=(event,))
             return
         log.info("rolled back", to=number, version=run.version.number)
-        self._house.sessions.say_all(NewVersion(run.version))
+        self._herald.proclaim(run.version)
         await self._measure(run)
 
     # What operators do
@@ -366,7 +368,7 @@ class Coordinator:
                 raise WrongState(f"run {self.run.record.name} is {self.run.record.state.value}; stop it before starting another")
             self.run = await self._open_next(rounds, self.run if from_latest else None)
         self._retry_at = None
-        self._house.sessions.say_all(NewVersion(self.run.version))
+        self._herald.proclaim(self.run.version)
         self.wake()
 
     async def roll_back(self, number: int) -> None:
@@ -396,6 +398,7 @@ class Coordinator:
     async def dismiss(self, patience_s: float) -> None:
         """Send everyone away, for good if the run is what ends; wait at most `patience_s` until they are gone."""
         for_good = not self.run.active and not self.draining
+        self._herald.finish()
         here = self._house.sessions.present()
         for number, client in enumerate(here):
             after_s = RESTART_S + number / self._returns_per_s  # or all would knock at once

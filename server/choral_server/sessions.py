@@ -115,11 +115,6 @@ class Sessions:
         if session is not None:
             session.say(message)
 
-    def say_all(self, message: FromCoordinator) -> None:
-        """Say something to everyone who attends."""
-        for session in self._open.values():
-            session.say(message)
-
     async def seen(self, clients: Collection[str]) -> None:
         """Wait until each of these has attended since the start."""
         while not self._seen.issuperset(clients):

@@ -112,7 +112,8 @@ async def test_what_is_said_arrives_in_order_before_the_stream_closes(sessions: 
     alice, bob = sessions.admit(HELLO, "a"), sessions.admit(replace(HELLO, client="bob"), "b")
     sessions.say("alice", WORD)
     sessions.say("nobody", WORD)
-    sessions.say_all(LAST)
+    for name in sessions.present():
+        sessions.say(name, LAST)
     for session in (alice, bob):
         session.close()
         session.say(WORD)
