@@ -2,7 +2,7 @@
 
 They speak the real protocol over mTLS, and leave out what costs a client and not its coordinator: there is no task, no outbox, no
 diary and no guard, and messages that never change are serialised once. What a round asks, they do: they say how far they are,
-download the version, and upload a result of their own.
+download the version unless it came with a message, and upload a result of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from choral.messages import Heartbeat, Hello, Phase, Status, UploadHeader
 from choral.plan import Kind
 from choral.status import from_rpc
 from choral.v1 import federation_pb2 as pb
-from choral.v1 import federation_pb2_grpc
+from choral.v1 import model_pb2 as mb
 from choral_server.open_files import allow
 from choral_server.trust import CA_CERTIFICATE, CA_KEY, Authority
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -66,6 +66,7 @@ class Client:
         self.channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
         self.call: Any = None
         self.heartbeat_s = 0.0
+        self._held = -1  # the version that came with a message
         self._writing = asyncio.Lock()  # gRPC takes one message of a stream at a time
 
     async def attend(self, hello: bytes) -> None:
@@ -75,6 +76,13 @@ class Client:
         await self._write(hello)
         welcome = await self.call.read()
         self.heartbeat_s = welcome.welcome.heartbeat_s
+        self.holds(welcome.welcome.version)
+
+    def holds(self, version: mb.ModelVersion) -> bool:
+        """Whether the client has a version that is announced: its content came with this message, or an earlier one."""
+        if version.content:
+            self._held = version.number
+        return self._held == version.number
 
     async def say(self, assignment: str, phase: Phase) -> None:
         """Tell how the assignment goes."""
@@ -173,30 +181,36 @@ class Swarm:
                 case "assignment":
                     self.announced_at[said.assignment.round].append(time.time())
                     self._aside(self._work(client, said.assignment))
-                case "new_version" if said.new_version.version.number > self._newest:
-                    self._newest = said.new_version.version.number
-                    self.versions.put_nowait(self._newest)
+                case "new_version":
+                    version = said.new_version.version
+                    client.holds(version)
+                    if version.number > self._newest:
+                        self._newest = version.number
+                        self.versions.put_nowait(self._newest)
                 case "come_back":
                     await client.call.done_writing()
                     return
         await client.call  # raises what ended it
 
     async def _work(self, client: Client, assignment: pb.Assignment) -> None:
-        """One part of a round, as a client does it that has not fetched the version before."""
-        stub = federation_pb2_grpc.FederationStub(client.channel)
-        await client.say(assignment.id, Phase.DOWNLOADING)
-        asked = pb.DownloadRequest(version=assignment.version.number, client=client.name)
-        got = 0
-        async for response in stub.Download(asked):
-            got += len(response.chunk.data)
-        if got != assignment.version.size_bytes:
-            raise ChoralError(f"{got} of {assignment.version.size_bytes} bytes were downloaded")
+        """One part of a round. A version that came with a message need not be fetched."""
+        version = assignment.version
+        if not client.holds(version):
+            await client.say(assignment.id, Phase.DOWNLOADING)
+            download = client.channel.unary_stream("/choral.v1.Federation/Download", pb.DownloadRequest.SerializeToString, None)
+            asked = pb.DownloadRequest(version=version.number, client=client.name)
+            got = 0
+            async for response in download(asked):
+                got += len(wire.read_download(response).data)
+            if got != version.size_bytes:
+                raise ChoralError(f"{got} of {version.size_bytes} bytes were downloaded")
         await client.say(assignment.id, Phase.WORKING)
         payload = self._result.tobytes()
         digest = hashlib.sha256(payload).digest()
         await client.say(assignment.id, Phase.UPLOADING)
         header = UploadHeader(assignment.id, client.name, 10, Kind.TRAINING, len(payload), (), (), digest)
-        receipt = await stub.Upload(_requests(header, payload))
+        upload = client.channel.stream_unary("/choral.v1.Federation/Upload", None, pb.UploadResponse.FromString)
+        receipt = await upload(_requests(header, payload))
         if receipt.verdict not in (pb.VERDICT_ACCEPTED, pb.VERDICT_LATE):
             raise ChoralError(f"the result of {client.name} was not accepted: {receipt.reason}")
 
@@ -224,9 +238,13 @@ async def swarm(folder: Path, address: str, task: tuple[str, str], manifest: Man
         await made.close()
 
 
-def _requests(header: UploadHeader, payload: bytes) -> Iterator[pb.UploadRequest]:
-    yield pb.UploadRequest(header=wire.header_to_pb(header))
-    pieces: Sequence[Any] = list(wire.chunks(memoryview(payload)))
-    for piece in pieces:
-        yield pb.UploadRequest(chunk=piece)
-    yield pb.UploadRequest(trailer=pb.UploadTrailer(chunks=len(pieces)))
+def _requests(header: UploadHeader, payload: bytes) -> Iterator[bytes]:
+    """The messages of an upload: one, if the payload is small."""
+    if len(payload) <= wire.SMALL_BYTES:
+        yield pb.UploadRequest(header=wire.header_to_pb(header, payload)).SerializeToString()
+        return
+    yield pb.UploadRequest(header=wire.header_to_pb(header)).SerializeToString()
+    offsets = range(0, len(payload), wire.CHUNK_BYTES)
+    for offset in offsets:
+        yield wire.upload_frame(payload[offset : offset + wire.CHUNK_BYTES], offset)
+    yield pb.UploadRequest(trailer=pb.UploadTrailer(chunks=len(offsets))).SerializeToString()

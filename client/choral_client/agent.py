@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import random
 import threading
@@ -12,6 +11,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from io import BufferedIOBase
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,11 @@ from choral_client.outbox import Outbox, Parcel
 from choral_client.oversight import Oversight
 from choral_client.thread import WorkThread
 from choral_client.train import Stopped
-from choral_client.transport import Attendance, Transport
+from choral_client.transport import Attendance, Payload, Transport
 from choral_client.work import Work
 
 log = structlog.get_logger()
+_AT_ONCE_S = 0.05
 _LAST_RECEIPTS_S = 1.0  # how long a run that is over waits for what is being answered
 
 
@@ -177,6 +178,7 @@ class Agent:
         self._diary.write("attending", run=welcome.run)
         self._patience.link_is_back()
         self._aside(self._deliveries.offer_saved())
+        self._models.offer(welcome.version)
         self._follow_to(welcome.version)
 
     async def _hear(self, message: FromCoordinator) -> None:
@@ -184,6 +186,7 @@ class Agent:
         match message:
             case Assignment():
                 self._look_at_history(message.history)
+                self._models.offer(message.version)
                 if job is not None and job.assignment == message.id:
                     log.info("still at it", round=message.round)
                     if self._status is not None and self._status.assignment == message.id:
@@ -200,6 +203,7 @@ class Agent:
                 if self._deliveries.withdraw(assignment) or working:
                     log.info("no longer wanted", assignment=assignment, reason=reason)
             case NewVersion(version):
+                self._models.offer(version)
                 self._follow_to(version)
 
     def _look_at_history(self, head: Head | None) -> None:
@@ -244,36 +248,42 @@ class Agent:
             self._deliveries.withdraw(assignment.id)
             raise
 
-    async def _produce(self, assignment: Assignment, stop: threading.Event) -> tuple[Parcel, memoryview]:
+    async def _produce(self, assignment: Assignment, stop: threading.Event) -> tuple[Parcel, Payload]:
         """An assignment's result, saved: from here on it outlives this process."""
         if not self._models.holds(assignment.version):
             await self._report(Status(assignment.id, Phase.DOWNLOADING))
         checkpoint = await self._checkpoint(assignment)
-        await self._report(Status(assignment.id, Phase.WORKING))
-        return await self._thread.do(partial(self._work_and_save, assignment, checkpoint, stop))
+        telling = asyncio.create_task(self._tell_of_work(assignment))
+        try:
+            return await self._thread.do(partial(self._work_and_save, assignment, checkpoint, stop))
+        finally:
+            telling.cancel()
 
-    def _work_and_save(self, assignment: Assignment, checkpoint: bytes, stop: threading.Event) -> tuple[Parcel, memoryview]:
+    async def _tell_of_work(self, assignment: Assignment) -> None:
+        """Say that the work is under way, if it is not done at once: then its result is the word of it."""
+        await asyncio.sleep(_AT_ONCE_S)
+        await self._report(Status(assignment.id, Phase.WORKING))
+
+    def _work_and_save(self, assignment: Assignment, checkpoint: BufferedIOBase, stop: threading.Event) -> tuple[Parcel, Payload]:
         if stop.is_set():  # other work was under way until now
             raise Stopped
-        with self._oversight.watching(assignment.plan, stop):
+        with checkpoint, self._oversight.watching(assignment.plan, stop):
             result = self._work.do(assignment.plan, checkpoint, stop)
-        header = UploadHeader(
-            assignment=assignment.id,
-            client=self._hello.client,
-            examples=self._hello.examples,
-            kind=assignment.plan.kind,
-            payload_bytes=len(result.payload),
-            held_out=result.held_out,
-            work=result.work,
-            digest=hashlib.sha256(result.payload).digest(),
-        )
-        if stop.is_set():
-            raise Stopped
-        parcel = Parcel(header, assignment.round)
-        self._outbox.save(parcel, result.payload)
-        return parcel, result.payload
+            header = UploadHeader(
+                assignment=assignment.id,
+                client=self._hello.client,
+                examples=self._hello.examples,
+                kind=assignment.plan.kind,
+                payload_bytes=0,
+                held_out=result.held_out,
+                work=result.work,
+                digest=b"",
+            )
+            if stop.is_set():
+                raise Stopped
+            return self._outbox.save(Parcel(header, assignment.round), result.payload)
 
-    async def _checkpoint(self, assignment: Assignment) -> bytes:
+    async def _checkpoint(self, assignment: Assignment) -> BufferedIOBase:
         """What the work starts from, however long the link is broken, as long as the guard allows it."""
         version = assignment.version
         for attempt in count(1):
@@ -299,7 +309,7 @@ class Agent:
     async def _fetch_for_keeping(self, version: VersionRef) -> None:
         try:
             await asyncio.to_thread(self._oversight.permit_fetching)
-            await self._models.obtain(version)
+            (await self._models.obtain(version)).close()
         except ChoralError as error:
             log.warning("new version not fetched", version=version.number, reason=str(error))
 

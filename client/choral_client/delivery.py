@@ -14,7 +14,7 @@ from choral.wire import CHUNK_BYTES
 
 from choral_client.backoff import Patience
 from choral_client.outbox import KEPT, Outbox, Parcel
-from choral_client.transport import Transport
+from choral_client.transport import Payload, Transport
 
 log = structlog.get_logger()
 
@@ -41,7 +41,7 @@ class Deliveries:
         self._permit = permit
         self._under_way: dict[str, asyncio.Task[bool]] = {}
 
-    async def send(self, parcel: Parcel, payload: memoryview) -> None:
+    async def send(self, parcel: Parcel, payload: Payload) -> None:
         """Send a result that has just been saved; returns when it is settled. Goes on if the caller is cancelled."""
         await self._joined(parcel.header.assignment, self._settle(parcel, payload, fresh=True))
 
@@ -101,7 +101,7 @@ class Deliveries:
         saved = await asyncio.to_thread(self._outbox.load, assignment)
         return saved is not None and await self._settle(*saved, fresh=False)
 
-    async def _settle(self, parcel: Parcel, payload: memoryview, *, fresh: bool) -> bool:
+    async def _settle(self, parcel: Parcel, payload: Payload, *, fresh: bool) -> bool:
         """Send, say in the log what became of it, and forget it. Returns True."""
         header = parcel.header
         try:
@@ -122,7 +122,7 @@ class Deliveries:
         self._outbox.remove(header.assignment)
         return True
 
-    async def _carry(self, parcel: Parcel, payload: memoryview, fresh: bool) -> Receipt:
+    async def _carry(self, parcel: Parcel, payload: Payload, fresh: bool) -> Receipt:
         """The receipt, however often the link breaks: each attempt but a fresh result's first begins where the last one ended."""
         header, failures = parcel.header, 0
         await asyncio.to_thread(self._permit)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from contextlib import aclosing, suppress
+from io import BufferedIOBase
 from pathlib import Path
 
 import structlog
+from choral.arrival import Arrival
 from choral.errors import ChoralError, CorruptTransfer, Declined, Unreachable
 from choral.messages import VersionRef
-from choral.wire import CHUNK_BYTES
 
 from choral_client.backoff import Patience
 from choral_client.checkpoint import Expected
@@ -35,14 +35,21 @@ class ModelFile:
         self._patience = patience
         self._expected = expected
         self._fetching = asyncio.Lock()
-        self._held: tuple[VersionRef, bytes] | None = None
+        self._held: VersionRef | None = None
+        self._offered: VersionRef | None = None
+        self._looked = False  # for what an earlier start of this client has left
+
+    def offer(self, version: VersionRef) -> None:
+        """A version was announced. If the announcement has the whole of it, it need not be fetched."""
+        if version.content and version.size_bytes <= self._expected.largest_bytes:
+            self._offered = version
 
     def holds(self, version: VersionRef) -> bool:
         """Whether this version is at hand."""
-        return self._held is not None and self._held[0] == version
+        return version in (self._held, self._offered)
 
-    async def obtain(self, version: VersionRef) -> bytes:
-        """The checkpoint of a version: the one held, or a download that is then held. One at a time.
+    async def obtain(self, version: VersionRef) -> BufferedIOBase:
+        """The checkpoint of a version, open for reading: the one held, or a download that is then held. One at a time.
 
         Tries again where the link broke; gives up after four attempts in which nothing arrived, or which arrived damaged. Raises
         Unreachable, CorruptTransfer or UnknownVersion; Declined: the disk is full or cannot be written, or it is or must be another
@@ -54,27 +61,30 @@ class ModelFile:
                 f"one of the model installed here has at most {self._expected.largest_bytes}"
             )
         async with self._fetching:
-            if self._held is None or not self.holds(version):
-                content = await self._kept(version) if self._held is None else None
-                self._held = version, content if content is not None else await self._patiently(version)
-            return self._held[1]
+            if not self._looked:
+                self._looked = True
+                self._held = await asyncio.to_thread(self._kept, version)
+            if self._held != version or not self._path.exists():
+                await self._patiently(version)
+                self._held = version
+            return self._path.open("rb")  # and it stays what it is when the next version takes the place of this one
 
-    async def _kept(self, version: VersionRef) -> bytes | None:
-        """What an earlier start of this client has left, if it is this version."""
-        if _size(self._path) != version.size_bytes:
-            return None
+    def _kept(self, version: VersionRef) -> VersionRef | None:
+        """This version, if an earlier start of this client has left it."""
         with suppress(OSError):
-            content = await asyncio.to_thread(self._path.read_bytes)
-            if await asyncio.to_thread(_digest, content) == version.digest:
-                return content
+            if self._path.stat().st_size == version.size_bytes:
+                with self._path.open("rb") as file:
+                    return version if hashlib.file_digest(file, "sha256").digest() == version.digest else None
         return None
 
-    async def _patiently(self, version: VersionRef) -> bytes:
+    async def _patiently(self, version: VersionRef) -> None:
         part = self._folder / f"model.{version.digest.hex()[:16]}.part"
         failures = 0
         while True:
             before = _size(part)
             try:
+                if self._offered == version:
+                    return self._take(self._offered, part)
                 return await self._fetch(version, part)
             except OSError as error:
                 raise Declined(
@@ -89,40 +99,43 @@ class ModelFile:
                 log.warning("download failed", version=version.number, reason=str(error), have_bytes=_size(part))
             await self._patience.pause(max(failures, 1))
 
-    async def _fetch(self, version: VersionRef, part: Path) -> bytes:
-        """One attempt, from where the last one ended. A model of one chunk is written in one go, when all of it is there."""
+    def _take(self, offered: VersionRef, part: Path) -> None:
+        """Write the version that came with its announcement; should it not be what was announced, it is fetched next time."""
+        self._offered = None
+        self._remove_others(part)
+        part.write_bytes(offered.content)
+        self._complete(part, hashlib.sha256(offered.content).digest(), offered)
+
+    async def _fetch(self, version: VersionRef, part: Path) -> None:
+        """One attempt, from where the last one ended."""
         self._remove_others(part)
         have = _size(part)
         if have > version.size_bytes:
             part.unlink()
             have = 0
-        fresh = bytearray()  # arrived and not yet written
+        arrival = Arrival(part, have)
         try:
             async with aclosing(self._transport.download(version, have)) as pieces:
                 async for piece in pieces:
-                    fresh += piece
-                    if len(fresh) > CHUNK_BYTES:
-                        await asyncio.to_thread(_write, part, have, fresh)
-                        have, fresh = have + len(fresh), bytearray()
-        except (ChoralError, asyncio.CancelledError):
-            with suppress(OSError):  # the next attempt meets the same, and says so
-                _write(part, have, fresh)
-            raise
-        return await asyncio.to_thread(self._complete, part, have, fresh, version)
+                    await arrival.add(piece)
+            _, digest = await arrival.whole()
+        finally:
+            await arrival.close()
+            if _size(part) == 0 < version.size_bytes:
+                part.unlink(missing_ok=True)
+        self._complete(part, digest, version)
 
-    def _complete(self, part: Path, have: int, fresh: bytearray, version: VersionRef) -> bytes:
-        """Write the rest and put the file in place of the last model, if it is the version; otherwise delete it."""
-        _write(part, have, fresh)
-        content = part.read_bytes() if have else bytes(fresh)
+    def _complete(self, part: Path, digest: bytes, version: VersionRef) -> None:
+        """Put the file in place of the last model, if it is the version; otherwise delete it."""
         try:
-            if _digest(content) != version.digest:
+            if digest != version.digest:
                 raise CorruptTransfer(f"version {version.number} arrived with another digest than was announced: fetch it again")
-            self._expected.check(part)
+            with part.open("rb") as file:
+                self._expected.places(file)
         except ChoralError:
             part.unlink(missing_ok=True)
             raise
         part.replace(self._path)
-        return content
 
     def _remove_others(self, part: Path) -> None:
         for other in self._folder.glob("model*.part"):
@@ -135,15 +148,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def _digest(content: bytes | bytearray) -> bytes:
-    return hashlib.sha256(content).digest()
-
-
-def _write(part: Path, offset: int, data: bytearray) -> None:
-    """Put `data` at its place: doing so twice, as when an attempt is abandoned halfway, changes nothing."""
-    if data:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
-            file.seek(offset)
-            file.write(data)

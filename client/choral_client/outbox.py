@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import os
 import struct
 import threading
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
-from choral.durable import remove_leftovers, sync_folder, write_durably
+from choral.durable import remove_leftovers, write_all
 from choral.errors import Declined
 from choral.messages import UploadHeader
 from choral.metrics import Metric
@@ -23,8 +24,9 @@ log = structlog.get_logger()
 T = TypeVar("T")
 _INT_BITS = 63  # and the sign
 KEPT = 4  # each is as large as the model, and the older a result is, the less likely is it still wanted
-_PREFIX = struct.Struct("<8s32sI")  # magic, SHA-256 of the header, its length; then the header (JSON) and the payload
-_MAGIC = b"choral-1"
+_END = struct.Struct("<32sI8s")  # after the payload and the header (JSON): SHA-256 of the header, its length, magic
+_MAGIC = b"choral-2"
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,34 @@ class Parcel:
     round: int
 
 
+class Kept:
+    """The payload of a result, in the first `size` bytes of an open file. It can be read even when the file has been removed."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._size = size
+
+    def __del__(self) -> None:
+        """Close the file."""
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def __len__(self) -> int:
+        """How many bytes."""
+        return self._size
+
+    def __getitem__(self, span: slice) -> bytes:
+        """Some of them."""
+        start, stop, _ = span.indices(self._size)
+        return os.pread(self._descriptor, max(0, stop - start), start)
+
+
 class Outbox:
-    """One file per result, named after the assignment. May be used from several threads."""
+    """One file per result, named after the assignment. May be used from several threads.
+
+    Nothing is made durable: a result that a power cut takes is found to be missing or damaged, and the work, done again, gives the
+    same one.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -45,31 +73,40 @@ class Outbox:
     def __contains__(self, assignment: str) -> bool:
         return self._path(assignment).exists()
 
-    def save(self, parcel: Parcel, payload: memoryview) -> None:
-        """Keep a result, durably; beyond `KEPT` the oldest goes. Raises Declined: the disk is full or cannot be written."""
-        header = json.dumps(asdict(parcel), default=_plain).encode()
-        prefix = _PREFIX.pack(_MAGIC, hashlib.sha256(header).digest(), len(header))
+    def save(self, parcel: Parcel, payload: Iterable[bytes]) -> tuple[Parcel, Kept]:
+        """Keep a result; beyond `KEPT` the oldest goes. Returns it as `load` does: the header has the payload's digest and length.
+
+        Raises Declined: the disk is full or cannot be written.
+        """
+        path = self._path(parcel.header.assignment)
+        aside = path.with_name(f".{path.name}.aside")
         try:
             with self._files:
                 if not self._folder.exists():
                     self._folder.mkdir()
-                    sync_folder(self._folder.parent)
-                path = self._path(parcel.header.assignment)
-                write_durably(path, prefix, header, payload)
+                parcel = _write(aside, parcel, payload)
+                kept = Kept(aside, parcel.header.payload_bytes)
+                aside.replace(path)
                 for old in self._oldest_first()[:-KEPT]:
                     log.warning("too many results wait to be sent; the oldest is given up", kept=KEPT)
                     old.unlink(missing_ok=True)
         except OSError as error:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
             raise Declined(
                 f"the result cannot be kept in {self._folder} ({error.strerror}): make room there, or give another folder as state"
             ) from error
+        return parcel, kept
 
-    def load(self, assignment: str) -> tuple[Parcel, memoryview] | None:
+    def load(self, assignment: str) -> tuple[Parcel, Kept] | None:
         """A result and its payload, verified; None if there is none, or it is damaged: then it is removed."""
         path = self._path(assignment)
         try:
             parcel, payload = _read(path)
-            if hashlib.sha256(payload).digest() != parcel.header.digest:
+            digest = hashlib.sha256()
+            for offset in range(0, len(payload), _READ_BYTES):
+                digest.update(payload[offset : offset + _READ_BYTES])
+            if digest.digest() != parcel.header.digest:
                 raise ValueError("its payload does not match its digest")
         except FileNotFoundError:
             return None
@@ -130,27 +167,39 @@ def _plain(value: object) -> object:
     raise TypeError(f"a {type(value).__name__} in a header")
 
 
-def _read(path: Path) -> tuple[Parcel, memoryview]:
-    """The parcel, verified, and its payload, whose length alone is. Raises OSError; ValueError: it is not what `save` wrote.
+def _write(path: Path, parcel: Parcel, payload: Iterable[bytes]) -> Parcel:
+    """Write the payload, and behind it the header, which says what the payload turned out to be."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb", buffering=0) as file:
+        for piece in payload:
+            write_all(file.fileno(), memoryview(piece))
+            digest.update(piece)
+            size += len(piece)
+        parcel = replace(parcel, header=replace(parcel.header, digest=digest.digest(), payload_bytes=size))
+        header = json.dumps(asdict(parcel), default=_plain).encode()
+        end = _END.pack(hashlib.sha256(header).digest(), len(header), _MAGIC)
+        write_all(file.fileno(), memoryview(header + end))
+    return parcel
 
-    The payload stays on the disk until it is read.
-    """
-    with path.open("rb") as file:
-        try:
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            magic, digest, length = _PREFIX.unpack_from(content)
-        except (ValueError, struct.error):
-            raise ValueError("it is too short") from None
-    header, payload = content[_PREFIX.size : _PREFIX.size + length], content[_PREFIX.size + length :]
-    if magic != _MAGIC or hashlib.sha256(header).digest() != digest:
+
+def _read(path: Path) -> tuple[Parcel, Kept]:
+    """The parcel, verified, and its payload, whose length alone is. Raises OSError; ValueError: it is not what `save` wrote."""
+    size = path.stat().st_size
+    whole = Kept(path, size)
+    if size < _END.size:
+        raise ValueError("it is too short")
+    digest, length, magic = _END.unpack(whole[size - _END.size : size])
+    payload_bytes = size - _END.size - length
+    header = whole[max(0, payload_bytes) : size - _END.size]
+    if magic != _MAGIC or payload_bytes < 0 or hashlib.sha256(header).digest() != digest:
         raise ValueError("its header does not match its checksum")
     try:
-        parcel = _parcel(json.loads(bytes(header)))
+        parcel = _parcel(json.loads(header))
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"its header is of another release ({error})") from None
-    if len(payload) != parcel.header.payload_bytes:
-        raise ValueError(f"it holds {len(payload)} of {parcel.header.payload_bytes} bytes")
-    return parcel, payload
+    if payload_bytes != parcel.header.payload_bytes:
+        raise ValueError(f"it holds {payload_bytes} of {parcel.header.payload_bytes} bytes")
+    return parcel, Kept(path, payload_bytes)
 
 
 def _parcel(read: dict[str, Any]) -> Parcel:

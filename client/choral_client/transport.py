@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -21,15 +22,28 @@ from choral_client.enrolment import tls
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", wire.MESSAGE_BYTES),
+    ("grpc.http2.max_frame_size", wire.CHUNK_BYTES),  # or a chunk would come in sixty-four frames
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.initial_reconnect_backoff_ms", 100),  # the agent has a backoff of its own
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 STALL_S = 30.0
 _MOST_UNSAID = 256  # messages: a coordinator that asks and asks, and does not read the answers, must not fill the memory
-_PIECE_BYTES = wire.CHUNK_BYTES // 4  # what a cut costs: gRPC takes one such piece and has the next in hand
+_CAREFUL_BYTES = wire.CHUNK_BYTES // 4  # what a cut costs: gRPC takes one such piece and has the next in hand
+_SERVICE = "/choral.v1.Federation/"
 _GRACE_S = 60.0  # for transfers that are under way when the certificate changes
+_TURN_STALLS = 20  # until the coordinator begins with a transfer, of which it takes so many at a time; keepalive finds out as well
 _RECEIPT_STALLS = 4  # the coordinator may have to verify and store many results at once; keepalive finds out if it is gone
+
+
+class Payload(Protocol):
+    """Bytes, not all of which need be in memory."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def __getitem__(self, span: slice, /) -> bytes | memoryview:
+        """Some of them."""
 
 
 class Attendance(Protocol):
@@ -54,7 +68,7 @@ class Transport(Protocol):
         Raises Unreachable, CorruptTransfer or UnknownVersion.
         """
 
-    async def upload(self, header: UploadHeader, payload: memoryview) -> Receipt:
+    async def upload(self, header: UploadHeader, payload: Payload) -> Receipt:
         """Send a result, of its payload the bytes from `header.offset` on. Raises Unreachable, CorruptTransfer or a Refused."""
 
     async def resume(self, header: UploadHeader) -> int | Receipt:
@@ -82,6 +96,10 @@ class GrpcTransport:
         else:
             self._channel = grpc.aio.secure_channel(self._address, tls(credentials), options=_OPTIONS)
         self._stub: federation_pb2_grpc.FederationAsyncStub = federation_pb2_grpc.FederationStub(self._channel)  # type: ignore[assignment]
+        self._download: Any = self._channel.unary_stream(f"{_SERVICE}Download", pb.DownloadRequest.SerializeToString)
+        self._upload: Any = self._channel.stream_unary(f"{_SERVICE}Upload", None, pb.UploadResponse.FromString)
+        # Of a stream of one message, gRPC makes the same as of a single message, which costs half as much.
+        self._upload_whole: Any = self._channel.unary_unary(f"{_SERVICE}Upload", None, pb.UploadResponse.FromString)
 
     def show(self, credentials: Credentials) -> None:
         """From now on, show a newer certificate: the stream ends, to be opened again; transfers under way end on the old link."""
@@ -118,10 +136,11 @@ class GrpcTransport:
 
     async def download(self, version: VersionRef, offset: int) -> AsyncGenerator[bytes, None]:
         """The checkpoint file of a version from byte `offset` on, in verified pieces."""
-        call = self._stub.Download(pb.DownloadRequest(version=version.number, offset=offset, client=self._client))
+        call = self._download(pb.DownloadRequest(version=version.number, offset=offset, client=self._client))
         try:
-            while (response := await self._next(call)) is not None:
-                piece = wire.verified(response.chunk, offset, version.size_bytes)
+            await self._turn(call)
+            while (message := await self._next(call)) is not None:
+                piece = wire.verified(wire.read_download(message), offset, version.size_bytes)
                 offset += len(piece)
                 yield piece
         finally:
@@ -129,19 +148,21 @@ class GrpcTransport:
         if offset != version.size_bytes:
             raise CorruptTransfer(f"version {version.number} ended after {offset} of {version.size_bytes} bytes: fetch the rest")
 
-    async def upload(self, header: UploadHeader, payload: memoryview) -> Receipt:
+    async def upload(self, header: UploadHeader, payload: Payload) -> Receipt:
         """Send a result, of its payload the bytes from `header.offset` on."""
-        call = self._stub.Upload()
+        if len(payload) <= wire.SMALL_BYTES:
+            whole = wire.header_to_pb(replace(header, offset=0), bytes(payload[:]))
+            async with _named(self._address), self._moving(_RECEIPT_STALLS):
+                return wire.receipt_from_pb(await self._upload_whole(_request(whole)))
+        call = self._upload()
         interrupted = False
         try:
             async with _named(self._address):
                 try:
-                    # Written one by one, so that little more has left than the coordinator has taken.
-                    for request in _upload(header, payload):
-                        async with self._moving():
-                            await call.write(request)
                     async with self._moving():
-                        await call.done_writing()
+                        await call.write(_request(wire.header_to_pb(header)))
+                    await self._turn(call)
+                    await self._pour(call, header.offset, payload)
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # broken, or the coordinator has answered already
                     interrupted = True
                 async with self._moving(_RECEIPT_STALLS):
@@ -164,7 +185,26 @@ class GrpcTransport:
             raise InvalidMessage(f"asked to go on at byte {answer} of {header.payload_bytes}: update Choral on both sides")
         return answer
 
-    async def _next(self, call: Any) -> pb.DownloadResponse | None:
+    async def _pour(self, call: Any, begin: int, payload: Payload) -> None:
+        """Write the payload from byte `begin` on, piece by piece, so that little more has left than the coordinator has taken.
+
+        Over a link that has broken before, the pieces are small: little of them is sent in vain when it breaks again.
+        """
+        size = wire.CHUNK_BYTES if begin == 0 else _CAREFUL_BYTES
+        offsets = range(begin, len(payload), size)
+        for offset in offsets:
+            async with self._moving():
+                await call.write(wire.upload_frame(bytes(payload[offset : offset + size]), offset))
+        async with self._moving():
+            await call.write(pb.UploadRequest(trailer=pb.UploadTrailer(chunks=len(offsets))).SerializeToString())
+            await call.done_writing()
+
+    async def _turn(self, call: Any) -> None:
+        """Wait until the coordinator begins with a transfer, or ends it."""
+        async with _named(self._address), self._moving(_TURN_STALLS):
+            await call.initial_metadata()
+
+    async def _next(self, call: Any) -> bytes | None:
         async with _named(self._address), self._moving():
             if (response := await call.read()) is not grpc.aio.EOF:
                 return response  # type: ignore[no-any-return]
@@ -239,9 +279,5 @@ class _GrpcAttendance:
             return None
 
 
-def _upload(header: UploadHeader, payload: memoryview) -> Iterator[pb.UploadRequest]:
-    yield pb.UploadRequest(header=wire.header_to_pb(header))
-    offsets = range(header.offset, len(payload), _PIECE_BYTES)
-    for offset in offsets:
-        yield pb.UploadRequest(chunk=wire.chunk(bytes(payload[offset : offset + _PIECE_BYTES]), offset))
-    yield pb.UploadRequest(trailer=pb.UploadTrailer(chunks=len(offsets)))
+def _request(header: pb.UploadHeader) -> bytes:
+    return pb.UploadRequest(header=header).SerializeToString()

@@ -5,28 +5,33 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BufferedIOBase
 
-import numpy as np
 import torch
 from choral.errors import Declined
 from choral.evaluation import evaluate
-from choral.flat import describe, flatten
+from choral.flat import describe
 from choral.metrics import LOSS, Metric
 from choral.plan import Kind, Plan
 from choral.statistics import Moments
 from choral.task import Task, user_code
 
-from choral_client.checkpoint import Expected
+from choral_client.checkpoint import Expected, Place
 from choral_client.data import Shard
 from choral_client.train import fit
+from choral_client.update import moved
 
 
 @dataclass(frozen=True)
 class Result:
-    """What is sent back: the payload's bytes, and what was measured before and during the work."""
+    """What is sent back: the payload, piece by piece and once, and what was measured before and during the work.
 
-    payload: memoryview
+    The pieces of an update are made from the model as they are taken: before the next work begins.
+    """
+
+    payload: Iterable[bytes]
     held_out: tuple[Metric, ...] = ()
     work: tuple[Metric, ...] = ()
 
@@ -40,19 +45,20 @@ class Work:
         self._model = task.initial_model(0)
         self.manifest = describe(self._model)
         self.expected = Expected(self.manifest)
+        self._places: dict[str, Place] = {}
 
-    def do(self, plan: Plan, checkpoint: bytes, stop: threading.Event) -> Result:
+    def do(self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event) -> Result:
         """Do what `plan` says, starting from a safetensors file. Raises Declined, TaskError, or Stopped once `stop` is set."""
         self.check(plan)
-        self._model.load_state_dict(self.expected.read(checkpoint))
+        self._load(checkpoint)
         if plan.kind is Kind.STATISTICS:
             return self._statistics()
         held_out = self._measure() if plan.evaluate else ()
         if plan.kind is Kind.EVALUATION:
             if not held_out:
                 raise Declined("no examples are held out here (holdout in the client's configuration)")
-            return Result(memoryview(b""), held_out)
-        return self._train(plan, held_out, stop)
+            return Result((), held_out)
+        return self._train(plan, checkpoint, held_out, stop)
 
     def check(self, plan: Plan) -> None:
         """Raises Declined: the plan is for a task that is not installed here."""
@@ -64,7 +70,7 @@ class Work:
     def _statistics(self) -> Result:
         with user_code(f"task {self._task.name}: reading the features"):
             moments = Moments.of(self._shard.features().numpy())
-        return Result(moments.to_vector().astype("<f8").data.cast("B"))
+        return Result((moments.to_vector().astype("<f8").tobytes(),))
 
     def _measure(self) -> tuple[Metric, ...]:
         """What can be measured on the examples held out; a metric that is not a number there is not told."""
@@ -72,17 +78,28 @@ class Work:
             return ()
         return tuple(m for m in evaluate(self._task, self._model, self._shard.held_out) if math.isfinite(m.value))
 
-    def _train(self, plan: Plan, held_out: tuple[Metric, ...], stop: threading.Event) -> Result:
-        before = flatten(self._model.state_dict(), self.manifest)
+    def _load(self, checkpoint: BufferedIOBase) -> None:
+        """Read the weights to where the model has them; a model that has them elsewhere is given a copy."""
+        self._places = self.expected.places(checkpoint)
+        state = self._model.state_dict()
+        inside = {tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())}
+        direct = all(t.data_ptr() in inside and t.is_contiguous() and t.is_cpu for t in state.values())
+        if not direct:
+            state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in state.items()}
+        for name, place in self._places.items():
+            place.read_into(checkpoint, state[name].detach())
+        if not direct:
+            self._model.load_state_dict(state)
+
+    def _train(self, plan: Plan, checkpoint: BufferedIOBase, held_out: tuple[Metric, ...], stop: threading.Event) -> Result:
         began = time.monotonic()
         loss = fit(self._task, self._model, self._shard.training, plan.training, plan.seed, stop)
         seconds = time.monotonic() - began
-        delta = flatten(self._model.state_dict(), self.manifest)
-        np.subtract(delta, before, out=delta)
         work = [Metric("train_s", seconds, self._shard.size)]
         if loss is not None:
             work.append(Metric(f"train_{LOSS}", loss, self._shard.size))
-        return Result(delta.astype("<f4", copy=False).data.cast("B"), held_out, tuple(work))
+        blocks = moved(self._model.state_dict(), self.manifest, self._places, checkpoint)
+        return Result((block.astype("<f4", copy=False).tobytes() for block in blocks), held_out, tuple(work))
 
 
 def set_threads(threads: int | None) -> None:

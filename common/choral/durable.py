@@ -13,7 +13,7 @@ def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
     try:
         with aside.open("wb", buffering=0) as file:
             for piece in pieces:
-                _write_all(file.fileno(), memoryview(piece))
+                write_all(file.fileno(), memoryview(piece))
             os.fsync(file.fileno())
         aside.replace(path)
     except BaseException:
@@ -38,6 +38,7 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write all of `data` where the file stands. Raises OSError."""
     while data:
         data = data[os.write(descriptor, data) :]

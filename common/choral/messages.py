@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from choral.heads import Head
 from choral.manifest import Manifest
@@ -13,11 +13,15 @@ from choral.plan import Kind, Plan
 
 @dataclass(frozen=True, slots=True)
 class VersionRef:
-    """A version as it is announced: its number, and the SHA-256 and length (bytes) of its checkpoint file."""
+    """A version as it is announced: its number, and the SHA-256 and length (bytes) of its checkpoint file.
+
+    `content` is the file itself, if it is small and was not sent before; otherwise it is to be fetched.
+    """
 
     number: int
     digest: bytes
     size_bytes: int
+    content: bytes = field(default=b"", compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,14 @@ With `status` and the servicers and transports of both sides, the only files tha
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from google.protobuf.message import DecodeError, Message
+from google_crc32c import value as crc32c
+
 from choral.errors import CorruptTransfer, InvalidMessage, ProtocolMismatch
+from choral.frames import Piece, frame, unframed
 from choral.heads import Head, fault_of
 from choral.manifest import Entry, EntryKind, Manifest
 from choral.messages import (
@@ -35,14 +38,18 @@ from choral.v1 import federation_pb2 as pb
 from choral.v1 import model_pb2 as mb
 
 WORDS = 500  # characters
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CHUNK_BYTES = 1 << 20
+SMALL_BYTES = 1 << 16  # what is no longer than this travels whole, with the message that tells of it
 DIGEST_BYTES = 32
 HEARTBEAT_S = 0.1, 3600.0  # what a coordinator may ask for, and its configuration allows
 LONGEST_ABSENCE_S = 86_400.0
 MESSAGE_BYTES = 4 * CHUNK_BYTES  # the longest message either side accepts: a chunk, or the manifest of a very deep model
 
+_DOWNLOAD_CHUNK, _UPLOAD_CHUNK = 1, 2  # the fields of DownloadResponse and UploadRequest
+
 K = TypeVar("K")
+M = TypeVar("M", bound=Message)
 V = TypeVar("V")
 
 KINDS = {
@@ -91,18 +98,44 @@ def _known(table: Mapping[K, V], number: K, what: str) -> V:
 # Bytes in chunks
 
 
-def chunk(piece: bytes, offset: int) -> mb.Chunk:
-    """A piece of a whole, in which it begins at byte `offset`, with its checksum."""
-    return mb.Chunk(offset=offset, data=piece, crc32=zlib.crc32(piece))
+def download_frame(data: bytes, offset: int) -> bytes:
+    """A DownloadResponse, encoded: these bytes of the checkpoint file, which begin there at byte `offset`."""
+    return frame(_DOWNLOAD_CHUNK, data, offset)
 
 
-def chunks(data: memoryview, begin: int = 0) -> Iterator[mb.Chunk]:
-    """`data` from byte `begin` on, in chunks."""
-    return (chunk(bytes(data[offset : offset + CHUNK_BYTES]), offset) for offset in range(begin, len(data), CHUNK_BYTES))
+def upload_frame(data: bytes, offset: int) -> bytes:
+    """An UploadRequest, encoded: these bytes of the payload, in which they begin at byte `offset`."""
+    return frame(_UPLOAD_CHUNK, data, offset)
 
 
-def verified(message: mb.Chunk, offset: int, total: int) -> bytes:
-    """The chunk's bytes, if it continues at `offset` and the whole stays within `total` bytes.
+def read_download(message: bytes) -> Piece:
+    """What a DownloadResponse holds. Raises InvalidMessage: it is none."""
+    if (piece := unframed(_DOWNLOAD_CHUNK, message)) is not None:
+        return piece
+    return _piece(_parsed(pb.DownloadResponse, message).chunk)
+
+
+def read_upload(message: bytes) -> Piece | pb.UploadRequest:
+    """A piece of an upload, or another message of one. Raises InvalidMessage: it is none."""
+    if (piece := unframed(_UPLOAD_CHUNK, message)) is not None:
+        return piece
+    request = _parsed(pb.UploadRequest, message)
+    return _piece(request.chunk) if request.WhichOneof("message") == "chunk" else request
+
+
+def _piece(message: mb.Chunk) -> Piece:
+    return Piece(message.offset, message.data, message.crc32)
+
+
+def _parsed(kind: type[M], message: bytes) -> M:
+    try:
+        return kind.FromString(message)
+    except DecodeError as error:
+        raise InvalidMessage(f"{len(message)} bytes that are no {kind.DESCRIPTOR.name}: update Choral on this side") from error
+
+
+def verified(message: Piece, offset: int, total: int) -> bytes:
+    """The piece's bytes, if it continues at `offset` and the whole stays within `total` bytes.
 
     Raises CorruptTransfer: gap, overlap, too much, or a checksum that does not match.
     """
@@ -110,8 +143,8 @@ def verified(message: mb.Chunk, offset: int, total: int) -> bytes:
         raise CorruptTransfer(f"a chunk begins at byte {message.offset} where byte {offset} is next: send it again")
     if offset + len(message.data) > total:
         raise CorruptTransfer(f"{offset + len(message.data)} bytes arrived where {total} were announced: send it again")
-    if zlib.crc32(message.data) != message.crc32:
-        raise CorruptTransfer(f"the chunk at byte {offset} does not match its CRC-32: send it again")
+    if crc32c(message.data) != message.crc32:
+        raise CorruptTransfer(f"the chunk at byte {offset} does not match its CRC-32C: send it again")
     return message.data
 
 
@@ -168,7 +201,7 @@ def plan_from_pb(message: pb.Plan) -> Plan:
 
 def version_to_pb(version: VersionRef) -> mb.ModelVersion:
     """To protobuf."""
-    return mb.ModelVersion(number=version.number, digest=version.digest, size_bytes=version.size_bytes)
+    return mb.ModelVersion(number=version.number, digest=version.digest, size_bytes=version.size_bytes, content=version.content)
 
 
 def version_from_pb(message: mb.ModelVersion) -> VersionRef:
@@ -179,7 +212,11 @@ def version_from_pb(message: mb.ModelVersion) -> VersionRef:
         )
     if message.size_bytes < 0:
         raise InvalidMessage(f"version {message.number} is announced with {message.size_bytes} bytes")
-    return VersionRef(message.number, message.digest, message.size_bytes)
+    if message.content and len(message.content) != message.size_bytes:
+        raise InvalidMessage(
+            f"version {message.number} has {message.size_bytes} bytes, and comes with {len(message.content)} of them"
+        )
+    return VersionRef(message.number, message.digest, message.size_bytes, message.content)
 
 
 def metrics_to_pb(metrics: Iterable[Metric]) -> list[mb.Metric]:
@@ -328,8 +365,8 @@ def from_coordinator_from_pb(message: pb.AttendResponse) -> FromCoordinator:
 # Uploads
 
 
-def header_to_pb(header: UploadHeader) -> pb.UploadHeader:
-    """To protobuf."""
+def header_to_pb(header: UploadHeader, content: bytes = b"") -> pb.UploadHeader:
+    """To protobuf, with the whole payload as its `content` if that is small."""
     return pb.UploadHeader(
         assignment=header.assignment,
         client=header.client,
@@ -340,6 +377,7 @@ def header_to_pb(header: UploadHeader) -> pb.UploadHeader:
         work=metrics_to_pb(header.work),
         digest=header.digest,
         offset=header.offset,
+        content=content,
     )
 
 

@@ -75,7 +75,7 @@ async def _work(
     task = run.model.task
     sessions = Sessions(task.name, task.version, run.model.manifest)
     membership = _membership(config, store)
-    transfers = Transfers()
+    transfers = Transfers(config.limits.transfer_bytes)
     house = House(store, sessions, transfers, troubles, config.spool_bytes, now)
     spool = Spool(config.state / "spool", troubles)
     coordinator = Coordinator(

@@ -48,6 +48,7 @@ from choral_server.rounds import (
     receipt_after,
     resumed,
     step,
+    without,
 )
 from choral_server.run import Run
 from choral_server.sessions import Sessions
@@ -102,13 +103,13 @@ class Collection:
     # The round, from top to bottom
 
     async def restore(self) -> None:
-        """Take up a round that an earlier process left: what was accepted is added again.
-
-        Raises UpdateRefused: an accepted result is not on the disk any more, or damaged.
-        """
+        """Take up a round that an earlier process left: what was accepted is added again, or asked for again if it was lost."""
         plan = self.run.plan_digest(self.round.kind, self.round.goal)  # the configuration may have changed meanwhile
         self.round = replace(resumed(self.round), plan=plan)
-        await self.tally.restore(part for part in self.round.parts.values() if part.state is PartState.ACCEPTED)
+        lost = await self.tally.restore(part for part in self.round.parts.values() if part.state is PartState.ACCEPTED)
+        if lost:
+            log.warning("accepted results are lost", round=self.round.number, clients=[part.client for part in lost])
+            await self._move(without(self.round, lost))
 
     async def collect(self) -> Round:
         """Ask the cohort, and take what comes until the round closes."""

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import structlog
-from choral.errors import ConfigError, UnknownVersion, UpdateRefused, WrongState
+from choral.errors import ConfigError, UnknownVersion, WrongState
 from choral.messages import ComeBack
 from choral.plan import Kind
 
@@ -121,12 +121,8 @@ class Coordinator:
             log.info("round taken up", run=run.record.name, round=unfinished.number, state=unfinished.state.value)
             await run.save(state=RunState.IN_ROUND, reason="")
             collection = self._collection(run, unfinished)
-            try:
-                await collection.restore()
-            except UpdateRefused as error:
-                await self._count_abandoned(run, await self._give_up(run, unfinished, str(error)))
-            else:
-                await self._count_abandoned(run, await self.run_round(run, collection))
+            await collection.restore()
+            await self._count_abandoned(run, await self.run_round(run, collection))
 
     async def _due(self, kind: Kind) -> bool:
         """Wait until a round may open; False: none will, or something else comes first."""

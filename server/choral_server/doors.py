@@ -11,7 +11,8 @@ from pathlib import Path
 import grpc
 from choral.address import HostPort
 from choral.errors import AddressError, ChoralError, TrustError
-from choral.v1 import admin_pb2, admin_pb2_grpc, enrolment_pb2, enrolment_pb2_grpc, federation_pb2, federation_pb2_grpc
+from choral.v1 import admin_pb2, admin_pb2_grpc, enrolment_pb2, enrolment_pb2_grpc, federation_pb2
+from choral.wire import CHUNK_BYTES
 from cryptography.hazmat.primitives.serialization import Encoding
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -22,7 +23,7 @@ from choral_server.caller import Caller, Role
 from choral_server.config import Limits, ServerConfig, Tls
 from choral_server.enrolment_service import EnrolmentService
 from choral_server.membership import Membership
-from choral_server.service import FederationService
+from choral_server.service import FederationService, handler_of
 from choral_server.trust import belong_together, certificate_in, key_in, signed_by
 
 FEDERATION, ENROLMENT, ADMIN = (
@@ -75,7 +76,7 @@ class Doors:
     async def _open_federation(self, tls: Tls | None) -> HostPort:
         """For members: clients do their part here, and operators and viewers with a certificate what they may."""
         server = self._server([self._gate], _member_options(self._config.limits))
-        federation_pb2_grpc.add_FederationServicer_to_server(self._federation, server)
+        server.add_generic_rpc_handlers((handler_of(self._federation),))
         if tls is None:
             await _describe(server, FEDERATION)
             return await self._listen(server, "listen", self._config.listen, None)
@@ -143,6 +144,7 @@ def _member_options(limits: Limits) -> Options:
         *_common_options(limits),
         ("grpc.max_allowed_incoming_connections", limits.connections),
         ("grpc.max_receive_message_length", limits.message_bytes),
+        ("grpc.http2.max_frame_size", CHUNK_BYTES),  # or a chunk would come in sixty-four frames
         ("grpc.max_connection_idle_ms", round(1000 * limits.idle_s)),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

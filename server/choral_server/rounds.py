@@ -24,7 +24,7 @@ At the deadline, parts whose transfer advances may end it; all others that are s
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -128,6 +128,12 @@ def resumed(round: Round) -> Round:
         if part.state in OPEN_PARTS
     ]
     return replace(round, parts=round.parts.having(away))
+
+
+def without(round: Round, lost: Iterable[Part]) -> Round:
+    """The round after the results of these accepted parts were lost: it is open, and they are asked for again."""
+    away = [Part(part.assignment, part.client, PartState.ABSENT, "its result was lost") for part in lost]
+    return replace(round, state=RoundState.OPEN, parts=round.parts.having(away))
 
 
 def published(round: Round) -> Round:

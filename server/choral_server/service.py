@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,25 +23,43 @@ from choral.errors import (
     Unreachable,
     UpdateRefused,
 )
+from choral.frames import Piece
 from choral.messages import ComeBack, Hello, Receipt, Status, UploadHeader, Verdict, Welcome
 from choral.status import abort
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
 
 from choral_server.access import CALL, Call
+from choral_server.announcements import Announcements, Contents
 from choral_server.caller import CALLER
 from choral_server.collection import Collection
 from choral_server.config import Limits
 from choral_server.coordinator import Coordinator
+from choral_server.frames import Frames
 from choral_server.intake import check_payload
 from choral_server.offload import offload
 from choral_server.rounds import Upload
 from choral_server.sessions import Session, Sessions
-from choral_server.transfers import Transfers
+from choral_server.transfers import Transfer, Transfers
 
 log = structlog.get_logger()
 Context = grpc.aio.ServicerContext[Any, Any]
 _SILENT_BEATS = 3  # heartbeats that may be missing
+
+
+def handler_of(service: FederationService) -> grpc.GenericRpcHandler:
+    """The service as gRPC serves it. Unlike with the generated code, chunks pass as encoded bytes: see `choral.frames`."""
+    methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Attend": grpc.stream_stream_rpc_method_handler(
+            service.Attend, pb.AttendRequest.FromString, pb.AttendResponse.SerializeToString
+        ),
+        "Download": grpc.unary_stream_rpc_method_handler(service.Download, pb.DownloadRequest.FromString, None),
+        "Upload": grpc.stream_unary_rpc_method_handler(service.Upload, None, pb.UploadResponse.SerializeToString),
+        "ResumeUpload": grpc.unary_unary_rpc_method_handler(
+            service.ResumeUpload, pb.ResumeUploadRequest.FromString, pb.ResumeUploadResponse.SerializeToString
+        ),
+    }
+    return grpc.method_handlers_generic_handler("choral.v1.Federation", methods)
 
 
 class FederationService(federation_pb2_grpc.FederationServicer):
@@ -52,6 +71,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self._sessions = sessions
         self._transfers = transfers
         self._limits = limits
+        self._frames = Frames()
+        self._contents = Contents(lambda number: coordinator.run.checkpoints.path(number))
 
     async def Attend(self, requests: AsyncIterator[pb.AttendRequest], context: Context) -> None:  # type: ignore[override]
         """Admit the client, then pass on what is said until either side ends the stream."""
@@ -65,7 +86,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             return
         call = CALL.get()
         session.stop = lambda: call.end(LimitExceeded(f"{session.client}: {session.fault}"))
-        voice, why = Voice(session, context, call), "the link broke"
+        voice, why = Voice(session, context, call, Announcements(self._contents)), "the link broke"
         try:
             await voice.begin(self._attendance.joined(session, self._coordinator.run))
             try:
@@ -90,10 +111,10 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> None:  # type: ignore[override]
         """Send a checkpoint file's bytes as they lie."""
-        run = self._coordinator.run
+        run, client = self._coordinator.run, request.client
         try:
-            if request.client:
-                CALLER.get().must_be(request.client)
+            if client:
+                CALLER.get().must_be(client)
             if request.version == run.version.number:
                 path = await run.checkpoints.fetch(request.version)  # from the artifact store, should the copy here be lost
             else:
@@ -108,28 +129,27 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             if not 0 <= request.offset <= size:
                 message = f"offset {request.offset} is outside the {size} bytes of version {request.version}: begin at 0"
                 await abort(context, InvalidMessage(message))
-            offset = file.seek(request.offset)
             try:
-                while piece := file.read(wire.CHUNK_BYTES):
-                    async with asyncio.timeout(run.settings.stall_s):  # or who does not read would hold on to a file and a chunk
-                        await context.write(pb.DownloadResponse(chunk=wire.chunk(piece, offset)))
-                    offset += len(piece)
-                    if request.client:
-                        self._transfers.moved(request.client)
+                async with self._transfers.turn(client, size - request.offset) as transfer:
+                    await context.send_initial_metadata(())
+                    for offset in range(request.offset, size, wire.CHUNK_BYTES):
+                        frame = await self._frames.frame(file, offset)
+                        async with asyncio.timeout(run.settings.stall_s):  # or who does not read would hold on to a turn and a file
+                            await context.write(frame)
+                        transfer.moved(len(frame))
             except TimeoutError:
                 told = f"nothing of version {request.version} was read for {run.settings.stall_s:g} s: fetch the rest"
-                log.warning("download broken", client=request.client, address=context.peer(), reason=told)
+                log.warning("download broken", client=client, address=context.peer(), reason=told)
                 await abort(context, Unreachable(told))
-            finally:
-                self._transfers.ended(request.client)
 
-    async def Upload(self, requests: AsyncIterator[pb.UploadRequest], context: Context) -> pb.UploadResponse:
+    async def Upload(self, requests: AsyncIterator[bytes], context: Context) -> pb.UploadResponse:  # type: ignore[override]
         """Take in one result and answer with its receipt."""
         try:
             first = await _next(requests, self._limits.first_message_s)
-            if first is None or first.WhichOneof("message") != "header":
+            if not isinstance(first, pb.UploadRequest) or first.WhichOneof("message") != "header":
                 raise InvalidMessage("an upload begins with its header")
-            return wire.receipt_to_pb(await self._take(_header(first.header), requests))
+            header = _header(first.header)
+            return wire.receipt_to_pb(await self._take(header, first.header.content, requests, context))
         except ChoralError as error:
             log.warning("upload broken", address=context.peer(), reason=str(error))
             await abort(context, error)
@@ -176,7 +196,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         finally:
             silence.end()
 
-    async def _take(self, header: UploadHeader, requests: AsyncIterator[pb.UploadRequest]) -> Receipt:
+    async def _take(self, header: UploadHeader, content: bytes, requests: AsyncIterator[bytes], context: Context) -> Receipt:
         """Store an upload, check it, and offer it to the round."""
         try:
             collection = await self._attendance.expects(header)
@@ -185,10 +205,10 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 log.info("upload not wanted", client=header.client, assignment=header.assignment, **told)
                 return collection
             try:
-                async with asyncio.timeout(collection.longest_s):
-                    path = await collection.spool.store(header, self._pieces(header, requests))
-            except TimeoutError:
-                raise LimitExceeded(f"the upload took longer than a round may: {collection.longest_s:g} s") from None
+                if content or not header.payload_bytes:
+                    path = await collection.spool.store_whole(header, content)
+                else:
+                    path = await self._receive(collection, header, requests, context)
             except CorruptTransfer as error:
                 collection.corrupt(header, str(error))
                 raise
@@ -202,32 +222,40 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 raise Unreachable("another attempt to send this result was faster: ask what became of it") from error
         except UpdateRefused as error:
             return Receipt(Verdict.REFUSED, str(error))
-        finally:
-            self._transfers.ended(header.client)
         return await collection.submit(
             Upload(header.assignment, header.client, header.examples, header.held_out, header.work, header.digest, path)
         )
 
-    async def _pieces(self, header: UploadHeader, requests: AsyncIterator[pb.UploadRequest]) -> AsyncIterator[bytes]:
+    async def _receive(
+        self, collection: Collection, header: UploadHeader, requests: AsyncIterator[bytes], context: Context
+    ) -> Path:
+        """Take in a payload that comes in pieces, when it is its turn. Raises LimitExceeded, and as `RoundSpool.store`."""
+        async with self._transfers.turn(header.client, header.payload_bytes - header.offset) as transfer:
+            await context.send_initial_metadata(())  # the client waits for this
+            try:
+                async with asyncio.timeout(collection.longest_s):
+                    return await collection.spool.store(header, self._pieces(header, requests, transfer))
+            except TimeoutError:
+                raise LimitExceeded(f"the upload took longer than a round may: {collection.longest_s:g} s") from None
+
+    async def _pieces(self, header: UploadHeader, requests: AsyncIterator[bytes], transfer: Transfer) -> AsyncIterator[bytes]:
         """The verified bytes of an upload's chunks, up to its trailer. Raises CorruptTransfer, InvalidMessage or Unreachable."""
         received, count, stall_s = header.offset, 0, self._coordinator.run.settings.stall_s
-        while (request := await _next(requests, stall_s)) is not None:
-            match request.WhichOneof("message"):
-                case "chunk":
-                    if len(request.chunk.data) > self._limits.chunk_bytes:
-                        length = len(request.chunk.data)
-                        raise LimitExceeded(f"a chunk of {length} bytes: at most {self._limits.chunk_bytes} (limits.chunk_bytes)")
-                    piece = wire.verified(request.chunk, received, header.payload_bytes)
-                    received += len(piece)
-                    count += 1
-                    self._transfers.moved(header.client)
-                    yield piece
-                case "trailer":
-                    if request.trailer.chunks != count:
-                        raise CorruptTransfer(f"{count} chunks arrived where {request.trailer.chunks} were sent: send it again")
-                    return
-                case _:
-                    raise InvalidMessage("an upload is one header, its chunks, and one trailer")
+        while (message := await _next(requests, stall_s)) is not None:
+            if isinstance(message, Piece):
+                length = len(message.data)
+                if length > self._limits.chunk_bytes:
+                    raise LimitExceeded(f"a chunk of {length} bytes: at most {self._limits.chunk_bytes} (limits.chunk_bytes)")
+                yield wire.verified(message, received, header.payload_bytes)
+                received += length
+                count += 1
+                transfer.moved(length)
+            elif message.WhichOneof("message") != "trailer":
+                raise InvalidMessage("an upload is one header, its chunks, and one trailer")
+            elif message.trailer.chunks != count:
+                raise CorruptTransfer(f"{count} chunks arrived where {message.trailer.chunks} were sent: send it again")
+            else:
+                return
         raise Unreachable("the upload ended without its trailer: send the rest")
 
 
@@ -238,10 +266,11 @@ def _header(message: pb.UploadHeader) -> UploadHeader:
     return header
 
 
-async def _next(requests: AsyncIterator[pb.UploadRequest], stall_s: float) -> pb.UploadRequest | None:
+async def _next(requests: AsyncIterator[bytes], stall_s: float) -> Piece | pb.UploadRequest | None:
     try:
         async with asyncio.timeout(stall_s):
-            return await anext(requests, None)
+            message = await anext(requests, None)
+        return wire.read_upload(message) if message is not None else None
     except TimeoutError:
         raise Unreachable(f"nothing of the upload arrived for {stall_s:g} s: send the rest") from None
 
@@ -252,10 +281,11 @@ class Voice:
     Once the session is closed and all is written, it has `finished`, and ends the call if that is to end with it (`ends_call`).
     """
 
-    def __init__(self, session: Session, context: Context, call: Call) -> None:
+    def __init__(self, session: Session, context: Context, call: Call, announcements: Announcements) -> None:
         self._session = session
         self._context = context
         self._call = call
+        self._announcements = announcements
         self._writing: asyncio.Task[None] | None = None
         self._broken = False
         self.finished = False
@@ -263,7 +293,7 @@ class Voice:
 
     async def begin(self, welcome: Welcome) -> None:
         """Say the welcome, and from then on what waits in the outbox."""
-        await self._context.write(wire.from_coordinator_to_pb(welcome))
+        await self._context.write(wire.from_coordinator_to_pb(self._announcements.complete(welcome)))
         self._session.wake = self._wake
         self._wake()
 
@@ -287,7 +317,7 @@ class Voice:
     async def _write(self) -> None:
         outbox = self._session.outbox
         while outbox:
-            await self._context.write(wire.from_coordinator_to_pb(outbox[0]))
+            await self._context.write(wire.from_coordinator_to_pb(self._announcements.complete(outbox[0])))
             del outbox[0]
 
     def _written(self, writing: asyncio.Task[None]) -> None:

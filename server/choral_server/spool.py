@@ -1,19 +1,20 @@
 """Uploads on disk, from the first verified chunk until a version that contains them is published.
 
 spool/RUN/ROUND/CLIENT.DIGEST.part      arriving: as long as what has been verified
-spool/RUN/ROUND/CLIENT.DIGEST.upload    whole and durable
+spool/RUN/ROUND/CLIENT.DIGEST.upload    whole and verified
 spool/RUN/ROUND/sum                     an accumulator; the uploads that it contains are deleted
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
 import shutil
-from collections.abc import AsyncIterator, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
-from choral.durable import remove_leftovers, sync_folder
+from choral.arrival import Arrival
+from choral.durable import remove_leftovers
 from choral.errors import CorruptTransfer, OutOfSpace, Unreachable
 from choral.messages import UploadHeader
 
@@ -26,6 +27,7 @@ from choral_server.troubles import Troubles
 
 DISK = "disk"
 _PROBE_BYTES = 64 << 10
+_ANOTHER = "the result arrived whole, but not with the digest that was announced: send it again from the start"
 
 
 class RoundSpool:
@@ -34,7 +36,7 @@ class RoundSpool:
     def __init__(self, folder: Path, troubles: Troubles) -> None:
         self._folder = folder
         self._troubles = troubles
-        self._writers: dict[str, object] = {}
+        self._arrivals: dict[str, Arrival] = {}
 
     @property
     def sum_path(self) -> Path:
@@ -53,42 +55,74 @@ class RoundSpool:
         return min(part.stat().st_size, header.payload_bytes) if part.exists() else 0
 
     async def store(self, header: UploadHeader, pieces: AsyncIterator[bytes]) -> Path:
-        """Write the pieces behind the first `header.offset` bytes; the path of the whole upload, durable and verified.
+        """Write the pieces behind the first `header.offset` bytes; the path of the whole upload, verified.
 
-        A client has one attempt at a time; a new one takes over.
+        A client has one attempt at a time; a new one takes over. What was verified stays for the next attempt, unless the whole is
+        something else. Nothing is made durable: what a power cut takes is asked for again.
+
         Raises CorruptTransfer: another number of bytes came than announced, or they are not those announced; Unreachable: another
-        attempt took over, or the round ended; OutOfSpace: they cannot be written. What was verified stays for the next attempt,
-        unless the whole is something else.
+        attempt took over, or the round ended; OutOfSpace: they cannot be written.
         """
-        path, part, me = self.path(header.client, header.digest), self._part(header), object()
-        self._writers[header.client] = me
-        try:
-            if header.offset == header.payload_bytes and path.exists():  # only the answer was lost
-                return path
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._drop_other_parts(part, header.client)
-            with part.open("ab", buffering=0) as file:
-                received = header.offset
-                held = file.tell()
-                if not 0 <= received <= held:
-                    raise CorruptTransfer(
-                        f"the upload begins at byte {received}, but only {held} bytes are here: ask where to begin"
-                    )
-                file.truncate(received)
+        path, part = self.path(header.client, header.digest), self._part(header)
+        if header.offset == header.payload_bytes and path.exists():  # only the answer was lost
+            return path
+        with self._writable():
+            await self._stop_others(header.client)
+            self._make_room(part, header.client)
+            async with self._arrival(header, part) as arrival:
                 async for piece in pieces:
-                    self._must_be_latest(header.client, me)
-                    received += _write(file.fileno(), piece)
+                    await arrival.add(piece)
+                received, digest = await arrival.whole()
                 if received != header.payload_bytes:
                     raise CorruptTransfer(f"{received} bytes arrived where {header.payload_bytes} were announced: send the rest")
-                digest = await offload(received, _finish, file.fileno(), part)
-            self._must_be_latest(header.client, me)  # or the file is being written again
-            if digest != header.digest:
-                part.unlink()
-                raise CorruptTransfer(
-                    "the result arrived whole, but not with the digest that was announced: send it again from the start"
-                )
+                if digest != header.digest:
+                    part.unlink()
+                    raise CorruptTransfer(_ANOTHER)
+                part.replace(path)
+        failpoints.reach(Step.UPLOAD_SPOOLED.value)
+        return path
+
+    async def store_whole(self, header: UploadHeader, content: bytes) -> Path:
+        """Write an upload that came in one piece. Raises CorruptTransfer, Unreachable or OutOfSpace, as `store`."""
+        path, part = self.path(header.client, header.digest), self._part(header)
+        if len(content) != header.payload_bytes:
+            raise CorruptTransfer(f"{len(content)} bytes arrived where {header.payload_bytes} were announced: send the rest")
+        if hashlib.sha256(content).digest() != header.digest:
+            raise CorruptTransfer(_ANOTHER)
+        with self._writable():
+            await self._stop_others(header.client)
+            self._make_room(part, header.client)
+            part.write_bytes(content)
             part.replace(path)
-            sync_folder(self._folder)
+        failpoints.reach(Step.UPLOAD_SPOOLED.value)
+        return path
+
+    async def _stop_others(self, client: str) -> None:
+        if (before := self._arrivals.pop(client, None)) is not None:
+            await before.give_way()
+
+    def _make_room(self, part: Path, client: str) -> None:
+        """A result has one payload: what came before with another digest is not gone on with."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for other in self._folder.glob(f"{client}.{'?' * 16}.part"):
+            if other != part:
+                other.unlink()
+
+    @asynccontextmanager
+    async def _arrival(self, header: UploadHeader, part: Path) -> AsyncIterator[Arrival]:
+        arrival = self._arrivals[header.client] = Arrival(part, header.offset)
+        try:
+            yield arrival
+        finally:
+            await arrival.close()
+            if self._arrivals.get(header.client) is arrival:
+                del self._arrivals[header.client]
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        """A disk that does not take an upload is a trouble of ours. Raises OutOfSpace; Unreachable: the round has ended."""
+        try:
+            yield
         except FileNotFoundError as error:
             raise Unreachable("the round ended while the result arrived: ask what became of it") from error
         except OSError as error:
@@ -97,12 +131,7 @@ class RoundSpool:
             raise OutOfSpace(
                 f"the coordinator cannot store the result now: {reason}; it is taken as soon as that is mended"
             ) from error
-        finally:
-            if self._writers.get(header.client) is me:
-                del self._writers[header.client]
         self._troubles.over(DISK)
-        failpoints.reach(Step.UPLOAD_SPOOLED.value)
-        return path
 
     async def holds(self, part: Part, size_bytes: int) -> bool:
         """Whether the upload of an accepted part, of about `size_bytes`, is here as it was accepted."""
@@ -157,16 +186,6 @@ class RoundSpool:
     def _uploads_of(self, client: str) -> Iterable[Path]:
         return self._folder.glob(f"{client}.{'?' * 16}.upload")
 
-    def _must_be_latest(self, client: str, attempt: object) -> None:
-        if self._writers.get(client) is not attempt:
-            raise Unreachable("another attempt to send this result took over")
-
-    def _drop_other_parts(self, part: Path, client: str) -> None:
-        """A result has one payload: what came before with another digest is not gone on with."""
-        for other in self._folder.glob(f"{client}.{'?' * 16}.part"):
-            if other != part:
-                other.unlink()
-
 
 class Spool:
     """The folder in which uploads are kept, by run and round."""
@@ -188,16 +207,3 @@ class Spool:
         if unfinished is not None:
             wanted = [part for part in unfinished.parts.values() if part.state in OPEN_PARTS | {PartState.ACCEPTED}]
             self.of(unfinished.run, unfinished.number).keep(wanted)
-
-
-def _write(descriptor: int, piece: bytes) -> int:
-    rest = memoryview(piece)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-    return len(piece)
-
-
-def _finish(descriptor: int, part: Path) -> bytes:
-    """Make what was written durable; its SHA-256."""
-    os.fsync(descriptor)
-    return digest_of(part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from choral.errors import UpdateRefused
+import structlog
 
 from choral_server import failpoints
 from choral_server.aggregate import WeightedSum
@@ -14,6 +14,8 @@ from choral_server.rounds import Part
 from choral_server.run import Aggregate
 from choral_server.spool import DISK, RoundSpool
 from choral_server.troubles import Troubles
+
+log = structlog.get_logger()
 
 
 class Tally:
@@ -27,25 +29,27 @@ class Tally:
         self._troubles = troubles
         self._kept: list[Part] = []  # what the sum holds but not yet its copy on the disk
 
-    async def restore(self, accepted: Iterable[Part]) -> None:
+    async def restore(self, accepted: Iterable[Part]) -> list[Part]:
         """Add again what an earlier process had accepted: what is in the sum that it left, and the rest from the spool.
 
-        Raises UpdateRefused: one of them is not on the disk any more, or damaged.
+        Returns those of which nothing is left, or only damaged: a power cut may take what was not durable.
         """
         contained: frozenset[str] = frozenset()
         if isinstance(self.aggregate, WeightedSum) and self._spool.sum_path.exists():
             try:
                 await offload(2 * self._result_bytes, self.aggregate.load, self._spool.sum_path)
             except ValueError as error:
-                raise UpdateRefused(str(error)) from error
+                log.warning("sum not used", reason=str(error))
             contained = self.aggregate.contained
+        lost = []
         for part in accepted:
             if part.assignment in contained:
                 self._spool.drop([part])
             elif await self._spool.holds(part, self._result_bytes):
                 await self.add(part)
             else:
-                raise UpdateRefused(f"the accepted result of {part.client} is not in the spool any more, or damaged")
+                lost.append(part)
+        return lost
 
     async def add(self, part: Part) -> None:
         """Add one accepted result. A disk that does not take the sum is among the troubles; the result stays until it does."""

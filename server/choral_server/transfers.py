@@ -1,27 +1,106 @@
-"""Whose transfers advance."""
+"""Transfers under way: so many at a time that memory holds them, and which of them advance."""
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+_MOST_BYTES = 4 << 20  # what the fastest transfer has in memory: a few chunks here, a few in gRPC
+_LEAST_BYTES = 1 << 18
+_SPAN_S = 1.0
+
+
+class Transfer:
+    """One upload or download of `size_bytes`; `moved_at` is by `clock`, in seconds."""
+
+    def __init__(self, client: str, size_bytes: int, clock: Callable[[], float]) -> None:
+        self.client = client
+        self.moved_at = -math.inf
+        self._most_bytes = min(size_bytes, _MOST_BYTES)
+        self._clock = clock
+        self._span_at = clock()
+        self._before = _MOST_BYTES  # bytes in the span of time before this one: it begins as one of the fastest
+        self._lately = 0
+
+    def moved(self, count: int) -> None:
+        """So many bytes have arrived or been taken."""
+        self.moved_at = self._clock()
+        self._turn_span()
+        self._lately += count
+
+    def reserved(self) -> int:
+        """The bytes of memory that it may need: of one that is slow, little is here at a time."""
+        self._turn_span()
+        return min(self._most_bytes, max(_LEAST_BYTES, self._lately, self._before))
+
+    def _turn_span(self) -> None:
+        passed_s = self._clock() - self._span_at
+        if passed_s >= _SPAN_S:
+            self._before = self._lately if passed_s < 2 * _SPAN_S else 0
+            self._lately, self._span_at = 0, self._clock()
 
 
 class Transfers:
-    """When each client's download or upload last moved, by a monotonic clock in seconds."""
+    """Admits transfers in the order in which they come, as long as they together need no more than `budget_bytes` of memory.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    A transfer counts with what it moved in the last second, at most 4 MiB: a few that are as fast as we are, or many slow ones.
+    """
+
+    def __init__(self, budget_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._budget_bytes = budget_bytes
         self._clock = clock
-        self._moved: dict[str, float] = {}
+        self._open: set[Transfer] = set()
+        self._waiting: deque[tuple[str, asyncio.Event]] = deque()
 
-    def moved(self, client: str) -> None:
-        """A piece of a transfer from or to this client has arrived or been taken."""
-        self._moved[client] = self._clock()
+    @asynccontextmanager
+    async def turn(self, client: str, size_bytes: int) -> AsyncIterator[Transfer]:
+        """Wait for the turn of a transfer of so many bytes; it is under way until the context is left."""
+        await self._admitted(client, size_bytes)
+        transfer = self.begin(client, size_bytes)
+        try:
+            yield transfer
+        finally:
+            self.end(transfer)
 
-    def ended(self, client: str) -> None:
+    def begin(self, client: str, size_bytes: int) -> Transfer:
+        """A transfer is under way, whether there is room or not."""
+        transfer = Transfer(client, size_bytes, self._clock)
+        self._open.add(transfer)
+        return transfer
+
+    def end(self, transfer: Transfer) -> None:
         """It is over, one way or the other."""
-        self._moved.pop(client, None)
+        self._open.remove(transfer)
+        self._call_next()
 
     def advancing(self, within_s: float) -> frozenset[str]:
-        """The clients of which something moved in the last `within_s` seconds."""
+        """The clients of which something moved in the last `within_s` seconds, or which wait for us."""
         now = self._clock()
-        return frozenset(client for client, moved in self._moved.items() if now - moved <= within_s)
+        moving = {transfer.client for transfer in self._open if now - transfer.moved_at <= within_s}
+        return frozenset(moving | {client for client, _ in self._waiting})
+
+    async def _admitted(self, client: str, size_bytes: int) -> None:
+        """Wait behind those who came before until there is room, as there is also when transfers grow slow."""
+        me = client, asyncio.Event()
+        self._waiting.append(me)
+        try:
+            while self._waiting[0] is not me or not self._has_room(size_bytes):
+                me[1].clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_SPAN_S):
+                        await me[1].wait()
+        finally:
+            self._waiting.remove(me)
+            self._call_next()
+
+    def _has_room(self, size_bytes: int) -> bool:
+        reserved = sum(transfer.reserved() for transfer in self._open)
+        return not self._open or reserved + min(size_bytes, _MOST_BYTES) <= self._budget_bytes
+
+    def _call_next(self) -> None:
+        if self._waiting:
+            self._waiting[0][1].set()

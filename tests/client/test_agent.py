@@ -43,9 +43,11 @@ from choral.messages import (
     Welcome,
 )
 from choral.plan import Kind, Plan
+from choral.wire import PROTOCOL_VERSION
 from choral_client.agent import Agent
 from choral_client.data import Shard
 from choral_client.diary import read
+from choral_client.transport import Payload
 from choral_client.work import Work
 from safetensors.torch import save
 from structlog.testing import capture_logs
@@ -167,8 +169,8 @@ class Coordinator:
             await asyncio.Event().wait()
         yield self.checkpoint(version.number)[offset:]
 
-    async def upload(self, header: UploadHeader, payload: memoryview) -> Receipt:
-        self.uploads.put_nowait((header, bytes(payload)))
+    async def upload(self, header: UploadHeader, payload: Payload) -> Receipt:
+        self.uploads.put_nowait((header, bytes(payload[:])))
         receipt = self.receipts.pop(0) if self.receipts else Receipt(Verdict.ACCEPTED)
         if isinstance(receipt, ChoralError):
             raise receipt
@@ -190,7 +192,7 @@ def coordinator() -> Coordinator:
 def agent(coordinator: Coordinator, folder: Path, loss: Any = mse_loss, **options: Any) -> Agent:
     task = Task("small", lambda: nn.Linear(1, 1), loss, load=lambda path: TensorDataset())
     work = Work(task, SHARD)
-    hello = Hello(1, "alice", "this start", "small", "1", work.manifest, SHARD.size, "a test")
+    hello = Hello(PROTOCOL_VERSION, "alice", "this start", "small", "1", work.manifest, SHARD.size, "a test")
     return Agent(coordinator, hello, work, folder, **{"rng": AtOnce(), **options})
 
 

@@ -18,6 +18,7 @@ from choral.wire import CHUNK_BYTES
 from choral_client.backoff import Patience
 from choral_client.delivery import Deliveries
 from choral_client.outbox import KEPT, Outbox, Parcel
+from choral_client.transport import Payload
 from structlog.testing import capture_logs
 
 PATIENCE_S = 60.0
@@ -65,8 +66,8 @@ class Calls:
         async with self.news:
             await self.news.wait_for(lambda: len(self.asked) >= count)
 
-    async def upload(self, header: UploadHeader, payload: memoryview) -> Receipt:
-        assert hashlib.sha256(payload).digest() == header.digest
+    async def upload(self, header: UploadHeader, payload: Payload) -> Receipt:
+        assert hashlib.sha256(payload[:]).digest() == header.digest
         answer = await self._answer(("upload", header.offset))
         assert isinstance(answer, Receipt)
         return answer
@@ -93,7 +94,7 @@ class Sender:
         self.said.append(status)
 
     async def send(self, payload: bytes = PAYLOAD) -> None:
-        self.outbox.save(parcel(payload), memoryview(payload))
+        self.outbox.save(parcel(payload), [payload])
         async with asyncio.timeout(PATIENCE_S):
             await self.deliveries.send(parcel(payload), memoryview(payload))
 
@@ -172,7 +173,7 @@ async def test_a_result_is_sent_once_however_often_it_is_asked_for(tmp_path: Pat
     receipt = asyncio.Event()
     calls = Calls(0, receipt)
     sender = Sender(calls, tmp_path)
-    sender.outbox.save(parcel(), memoryview(PAYLOAD))
+    sender.outbox.save(parcel(), [PAYLOAD])
     await sender.deliveries.offer_saved()
     await sender.deliveries.offer_saved()
     asked = [asyncio.create_task(sender.deliveries.send_saved(ID)) for _ in range(3)]
@@ -187,7 +188,7 @@ async def test_a_result_is_sent_once_however_often_it_is_asked_for(tmp_path: Pat
 async def test_there_may_be_nothing_to_send(tmp_path: Path) -> None:
     sender = Sender(Calls(), tmp_path)
     assert not await sender.deliveries.send_saved(ID)
-    sender.outbox.save(parcel(), memoryview(PAYLOAD))
+    sender.outbox.save(parcel(), [PAYLOAD])
     path = sender.outbox._path(ID)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert not await sender.deliveries.send_saved(ID)
@@ -252,7 +253,7 @@ async def test_a_coordinator_that_takes_nothing_does_not_fill_the_memory(tmp_pat
     sending = []
     for number in range(50):
         one = replace(parcel(), header=replace(parcel().header, assignment=f"run/{number}/alice"))
-        sender.outbox.save(one, memoryview(PAYLOAD))
+        sender.outbox.save(one, [PAYLOAD])
         sending.append(asyncio.create_task(sender.deliveries.send(one, memoryview(PAYLOAD))))
         async with asyncio.timeout(PATIENCE_S):
             await calls.was_asked(number + 1)

@@ -33,6 +33,7 @@ from choral_client.guard_file import GuardFile
 from choral_client.oversight import Oversight
 from choral_client.transport import GrpcTransport
 from choral_client.work import Work
+from pieces import pieces
 from safetensors.torch import save
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -93,13 +94,14 @@ class Liar(federation_pb2_grpc.FederationServicer):
 
     async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadResponse]:  # noqa: N802
         self.downloads += 1
-        for chunk in wire.chunks(memoryview(self.content), request.offset):
+        for chunk in pieces(self.content, request.offset):
             yield pb.DownloadResponse(chunk=chunk)
 
     async def ResumeUpload(self, request: pb.ResumeUploadRequest, context: Any) -> pb.ResumeUploadResponse:  # noqa: N802
         return pb.ResumeUploadResponse(offset=0)
 
     async def Upload(self, requests: AsyncIterator[pb.UploadRequest], context: Any) -> pb.UploadResponse:  # noqa: N802
+        await context.send_initial_metadata(())
         async for request in requests:
             if request.HasField("header"):
                 self.uploads.append(request.header)
@@ -115,7 +117,7 @@ async def meet(liar: Liar, home: Path, task: Task | None = None, follow: bool = 
     await server.start()
     transport = GrpcTransport(f"127.0.0.1:{port}", None, "alice")
     work = Work(task or Task("small", lambda: nn.Linear(1, 1), mse_loss, load=lambda path: TensorDataset()), SHARD)
-    hello = Hello(1, "alice", "this start", "small", "1", work.manifest, SHARD.size, "a test")
+    hello = Hello(wire.PROTOCOL_VERSION, "alice", "this start", "small", "1", work.manifest, SHARD.size, "a test")
     oversight = Oversight(GuardFile(home), home, lambda: ipaddress.ip_address(place), lambda: NOON)
     try:
         async with asyncio.timeout(PATIENCE_S):

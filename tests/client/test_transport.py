@@ -46,6 +46,7 @@ from choral_client.model_file import ModelFile
 from choral_client.outbox import Outbox, Parcel
 from choral_client.transport import GrpcTransport
 from choral_client.work import Work
+from pieces import pieces, taken
 from proxy import Proxy
 from safetensors.torch import save
 from torch import nn
@@ -57,7 +58,7 @@ CONTENT = bytes(itertools.islice(itertools.cycle(range(251)), (1 << 20) + 1000))
 VERSION = VersionRef(3, hashlib.sha256(CONTENT).digest(), len(CONTENT))
 TASK = Task("small", lambda: nn.Linear(1, 1), mse_loss, load=lambda path: TensorDataset())
 WORK = Work(TASK, Shard(TensorDataset(torch.ones(2, 1), torch.ones(2, 1)), None, 2))
-HELLO = Hello(1, "alice", "this start", "small", "1", WORK.manifest, 2, "a test")
+HELLO = Hello(wire.PROTOCOL_VERSION, "alice", "this start", "small", "1", WORK.manifest, 2, "a test")
 
 
 class Service(federation_pb2_grpc.FederationServicer):
@@ -65,7 +66,17 @@ class Service(federation_pb2_grpc.FederationServicer):
 
     def __init__(self, **calls: Callable[..., Any]) -> None:
         for name, call in calls.items():
-            setattr(self, name, call)
+            setattr(self, name, at_once(call) if name == "Upload" else call)
+
+
+def at_once(upload: Callable[..., Any]) -> Callable[..., Any]:
+    """An upload whose turn it is."""
+
+    async def turned(requests: AsyncIterator[pb.UploadRequest], context: Any) -> Any:
+        await context.send_initial_metadata(())
+        return await upload(requests, context)
+
+    return turned
 
 
 @asynccontextmanager
@@ -127,16 +138,16 @@ def sending(*chunks: Any, offset: int = 0) -> Callable[..., Any]:
 
 
 async def test_a_download_is_put_together_from_its_chunks() -> None:
-    async with reaching(Download=sending(*wire.chunks(memoryview(CONTENT)))) as transport:
+    async with reaching(Download=sending(*pieces(CONTENT))) as transport:
         assert await downloaded(transport, VERSION) == CONTENT
 
 
 async def test_a_download_begins_where_it_is_asked_to() -> None:
-    async with reaching(Download=sending(*wire.chunks(memoryview(CONTENT), 1000), offset=1000)) as transport:
+    async with reaching(Download=sending(*pieces(CONTENT, 1000), offset=1000)) as transport:
         assert await downloaded(transport, VERSION, 1000) == CONTENT[1000:]
 
 
-GOOD = list(wire.chunks(memoryview(CONTENT)))
+GOOD = pieces(CONTENT)
 
 
 @pytest.mark.parametrize(
@@ -146,8 +157,8 @@ GOOD = list(wire.chunks(memoryview(CONTENT)))
         (GOOD[:1], "version 3 ended after 1048576 of 1049576 bytes: fetch the rest"),
         ([*GOOD, GOOD[0]], "a chunk begins at byte 0 where byte 1049576 is next"),
         (GOOD[::-1], "a chunk begins at byte 1048576 where byte 0 is next"),
-        (list(wire.chunks(memoryview(CONTENT + b"x"))), "1049577 bytes arrived where 1049576 were announced"),
-        ([type(GOOD[0])(offset=0, data=b"x", crc32=1)], "the chunk at byte 0 does not match its CRC-32"),
+        (pieces(CONTENT + b"x"), "1049577 bytes arrived where 1049576 were announced"),
+        ([type(GOOD[0])(offset=0, data=b"x", crc32=1)], "the chunk at byte 0 does not match its CRC-32C"),
     ],
 )
 async def test_a_download_that_is_not_what_was_announced_is_corrupt(chunks: list[Any], words: str) -> None:
@@ -179,7 +190,7 @@ def together(received: list[pb.UploadRequest], offset: int = 0) -> bytes:
     """The payload of the chunks between header and trailer, which must be good and without gaps."""
     content = bytearray()
     for part in received[1:-1]:
-        content += wire.verified(part.chunk, offset + len(content), len(CONTENT))
+        content += wire.verified(taken(part.chunk), offset + len(content), len(CONTENT))
     return bytes(content)
 
 
@@ -260,7 +271,7 @@ class Taker:
         assert header.offset == len(self.content)
         async for request in requests:
             if request.WhichOneof("message") == "chunk":
-                self.content += wire.verified(request.chunk, len(self.content), self.total)
+                self.content += wire.verified(taken(request.chunk), len(self.content), self.total)
         assert request.WhichOneof("message") == "trailer"
         return pb.UploadResponse(verdict=pb.VERDICT_ACCEPTED)
 
@@ -303,11 +314,12 @@ async def test_a_link_that_breaks_costs_a_download_little(proxy: Proxy, tmp_path
 
     async def download(request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadResponse]:
         offsets.append(request.offset)
-        for chunk in wire.chunks(memoryview(content), request.offset):
+        for chunk in pieces(content, request.offset):
             yield pb.DownloadResponse(chunk=chunk)
 
     async with reaching_over(proxy, Download=download) as transport:
-        assert await ModelFile(transport, tmp_path, Patience(AtOnce()), expected).obtain(version) == content
+        with await ModelFile(transport, tmp_path, Patience(AtOnce()), expected).obtain(version) as file:
+            assert file.read() == content
     assert len(offsets) == cuts + 1
     assert offsets == sorted(offsets)
     assert proxy.down - len(content) < 2 * cuts * wire.CHUNK_BYTES
@@ -332,7 +344,7 @@ async def test_a_transfer_that_stands_still_is_given_up(proxy: Proxy) -> None:
 
     async with reaching_over(proxy, 0.3, Download=download, Upload=upload, ResumeUpload=taker.resume) as transport:
         assert await transport.resume(header) == 0
-        stalled = r"the transfer with the coordinator at 127\.0\.0\.1:\d+ has stood still for 0\.3 s"
+        stalled = r"the transfer with the coordinator at 127\.0\.0\.1:\d+ has stood still for (0\.3|6) s"
         for moving in (downloaded(transport, VERSION), transport.upload(header, memoryview(payload))):
             begun.clear()
             with pytest.raises(Unreachable, match=stalled):
@@ -450,7 +462,7 @@ async def test_work_that_is_withdrawn_while_it_is_reported_does_not_end_the_stre
             pass
 
     async def download(request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadResponse]:
-        for chunk in wire.chunks(memoryview(model)):
+        for chunk in pieces(model):
             yield pb.DownloadResponse(chunk=chunk)
 
     async def upload(requests: AsyncIterator[pb.UploadRequest], context: Any) -> pb.UploadResponse:

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import math
-import zlib
 from typing import Any, TypeVar
 
 import pytest
 from choral import wire
 from choral.errors import CorruptTransfer, InvalidMessage, ProtocolMismatch
+from choral.frames import Piece
 from choral.heads import Head
 from choral.manifest import Entry, EntryKind, Manifest
 from choral.messages import (
@@ -29,8 +29,10 @@ from choral.plan import Kind, Plan, Training
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import model_pb2 as mb
 from google.protobuf.message import Message
+from google_crc32c import value as crc32c
 from hypothesis import given
 from hypothesis import strategies as st
+from pieces import piece, taken
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 M = TypeVar("M", bound=Message)
@@ -181,13 +183,13 @@ def test_a_head_that_can_be_none_is_refused(wrong: dict[str, Any]) -> None:
             pb.AttendResponse(welcome=pb.Welcome(heartbeat_s=1, version=mb.ModelVersion(digest=bytes(32)), history=head))
         )
     with pytest.raises(InvalidMessage, match="a head of the history that is not allowed: "):
-        wire.from_client_from_pb(pb.AttendRequest(hello=pb.Hello(protocol_version=1, history=head)))
+        wire.from_client_from_pb(pb.AttendRequest(hello=pb.Hello(protocol_version=wire.PROTOCOL_VERSION, history=head)))
 
 
 # What another release may send
 
 
-@pytest.mark.parametrize("theirs", [0, 2, 99])
+@pytest.mark.parametrize("theirs", [0, 1, 3, 99])
 def test_another_protocol_version_is_refused_and_both_are_named(theirs: int) -> None:
     hello = pb.Hello(protocol_version=theirs, client="alice", manifest=mb.Manifest(entries=[mb.ManifestEntry(kind=77)]))
     with pytest.raises(ProtocolMismatch) as refused:
@@ -304,41 +306,24 @@ def test_a_coordinators_words_are_cut() -> None:
 # Chunks
 
 
-def _received(chunks: list[mb.Chunk], total: int) -> bytes:
-    content = b""
-    for chunk in chunks:
-        content += wire.verified(chunk, len(content), total)
-    return content
-
-
-@pytest.mark.parametrize("length", [0, 1, wire.CHUNK_BYTES - 1, wire.CHUNK_BYTES, wire.CHUNK_BYTES + 1, 3 * wire.CHUNK_BYTES])
-def test_bytes_are_cut_and_put_together(length: int) -> None:
-    data = (bytes(range(256)) * (length // 256 + 1))[:length]
-    cut = list(wire.chunks(memoryview(data)))
-    assert len(cut) == math.ceil(length / wire.CHUNK_BYTES)
-    assert [chunk.offset for chunk in cut] == [number * wire.CHUNK_BYTES for number in range(len(cut))]
-    assert all(len(chunk.data) == wire.CHUNK_BYTES for chunk in cut[:-1])
-    assert all(chunk.ByteSize() < wire.MESSAGE_BYTES for chunk in cut)
-    assert _received(cut, length) == data
-
-
-@given(st.integers(0, 2 * wire.CHUNK_BYTES + 2))
-def test_bytes_are_cut_from_anywhere_on(begin: int) -> None:
-    data = memoryview(bytes(2 * wire.CHUNK_BYTES + 1))
-    cut = list(wire.chunks(data, begin))
-    assert [chunk.offset for chunk in cut] == list(range(begin, len(data), wire.CHUNK_BYTES))
-    assert sum(len(chunk.data) for chunk in cut) == max(0, len(data) - begin)
-
-
 @given(st.binary(max_size=100), st.integers(0, 2**40))
-def test_a_piece_is_verified_at_its_offset(piece: bytes, offset: int) -> None:
-    chunk = mb.Chunk.FromString(wire.chunk(piece, offset).SerializeToString())
-    assert chunk.offset == offset
-    assert wire.verified(chunk, offset, offset + len(piece)) == piece
+def test_a_piece_is_verified_at_its_offset(data: bytes, offset: int) -> None:
+    for read, frame in ((wire.read_download, wire.download_frame), (wire.read_upload, wire.upload_frame)):
+        piece = read(frame(data, offset))
+        assert isinstance(piece, Piece)
+        assert piece.offset == offset
+        assert wire.verified(piece, offset, offset + len(data)) == data
 
 
-def _chunk(offset: int, data: bytes) -> mb.Chunk:
-    return mb.Chunk(offset=offset, data=data, crc32=zlib.crc32(data))
+def test_what_is_no_message_at_all_has_a_name() -> None:
+    with pytest.raises(InvalidMessage, match="3 bytes that are no DownloadResponse"):
+        wire.read_download(b"\xff\xff\xff")
+    with pytest.raises(InvalidMessage, match="3 bytes that are no UploadRequest"):
+        wire.read_upload(b"\xff\xff\xff")
+
+
+def _chunk(offset: int, data: bytes) -> Piece:
+    return taken(piece(data, offset))
 
 
 @pytest.mark.parametrize(
@@ -348,21 +333,19 @@ def _chunk(offset: int, data: bytes) -> mb.Chunk:
         (_chunk(3, b"defg"), "a chunk begins at byte 3 where byte 4 is next"),  # overlap
         (_chunk(0, b"abcd"), "a chunk begins at byte 0 where byte 4 is next"),  # repeated
         (_chunk(4, b"efghijk"), "11 bytes arrived where 10 were announced"),  # too much
-        (mb.Chunk(offset=4, data=b"efgh", crc32=zlib.crc32(b"efgH")), "the chunk at byte 4 does not match its CRC-32"),
-        (mb.Chunk(offset=4, data=b"efgh"), "the chunk at byte 4 does not match its CRC-32"),
+        (Piece(4, b"efgh", crc32c(b"efgH")), "the chunk at byte 4 does not match its CRC-32C"),
+        (Piece(4, b"efgh", 0), "the chunk at byte 4 does not match its CRC-32C"),
     ],
 )
-def test_a_damaged_transfer_is_found(message: mb.Chunk, told: str) -> None:
+def test_a_damaged_transfer_is_found(message: Piece, told: str) -> None:
     with pytest.raises(CorruptTransfer, match=f"{told}: send it again"):
         wire.verified(message, 4, 10)
 
 
 @given(st.binary(min_size=1, max_size=64), st.data())
 def test_any_flipped_bit_is_found(content: bytes, data: st.DataObject) -> None:
-    chunk = wire.chunk(content, 0)
     bit = data.draw(st.integers(0, 8 * len(content) - 1))
     damaged = bytearray(content)
     damaged[bit // 8] ^= 1 << bit % 8
-    chunk.data = bytes(damaged)
-    with pytest.raises(CorruptTransfer, match="CRC-32"):
-        wire.verified(chunk, 0, len(content))
+    with pytest.raises(CorruptTransfer, match="CRC-32C"):
+        wire.verified(Piece(0, bytes(damaged), crc32c(content)), 0, len(content))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import queue
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -15,10 +14,11 @@ from choral.flat import describe
 from choral.names import is_name
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc, model_pb2
-from choral.wire import manifest_to_pb
+from choral.wire import PROTOCOL_VERSION, manifest_to_pb
 from e2e.federation import PATIENCE_S, Federation
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from pieces import pieces
 from torch import nn
 
 MANIFEST = manifest_to_pb(describe(nn.Linear(2, 1)))
@@ -28,7 +28,7 @@ MANIFEST = manifest_to_pb(describe(nn.Linear(2, 1)))
 def hello(name: str, **changes: Any) -> pb.AttendRequest:
     """The first word of a client with the small task."""
     said = {
-        "protocol_version": 1,
+        "protocol_version": PROTOCOL_VERSION,
         "client": name,
         "instance": f"{name}'s only start",
         "task": "small",
@@ -48,12 +48,6 @@ def refusal(error: grpc.RpcError) -> tuple[grpc.StatusCode, str, str]:
     assert status.details[0].Unpack(info)
     assert info.domain == "choral.v1"
     return error.code(), info.reason, error.details()
-
-
-def pieces(payload: bytes, size: int = 1 << 20) -> list[model_pb2.Chunk]:
-    """The payload in good chunks."""
-    cut = [(offset, payload[offset : offset + size]) for offset in range(0, len(payload), size)]
-    return [model_pb2.Chunk(offset=offset, data=data, crc32=zlib.crc32(data)) for offset, data in cut]
 
 
 def delta(*values: float) -> bytes:

@@ -12,9 +12,10 @@ import pytest
 from choral.v1 import admin_pb2, admin_pb2_grpc, model_pb2
 from choral.v1 import federation_pb2 as pb
 from e2e.federation import PATIENCE_S, Federation, Process
-from e2e.scripted import MANIFEST, Scripted, delta, hello, pieces, refusal
+from e2e.scripted import MANIFEST, Scripted, delta, hello, refusal
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from pieces import pieces
 from safetensors.numpy import load_file
 
 

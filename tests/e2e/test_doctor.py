@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from e2e.federation import GATED_TASK, Federation
-from e2e.scripted import Scripted, delta, hello, pieces
+from e2e.scripted import Scripted, delta, hello
 from e2e.test_troubles import doctor
+from pieces import pieces
 
 
 def found(federation: Federation, subject: str, code: int) -> tuple[bool, str, str]:

@@ -16,7 +16,8 @@ from choral.status import from_rpc, reason_of
 from choral.v1 import admin_pb2, enrolment_pb2, enrolment_pb2_grpc, federation_pb2, federation_pb2_grpc
 from choral_client.enrolment import tls
 from e2e.federation import PATIENCE_S, SMALL_TASK, Federation, until
-from e2e.scripted import Scripted, delta, hello, pieces
+from e2e.scripted import Scripted, delta, hello
+from pieces import pieces
 
 LIMITS = {
     "message_bytes": 65_536,

@@ -13,7 +13,8 @@ from choral.v1 import admin_pb2
 from choral.v1 import federation_pb2 as pb
 from e2e import exact
 from e2e.federation import GATED_TASK, PATIENCE_S, Federation, until
-from e2e.scripted import Scripted, delta, hello, pieces
+from e2e.scripted import Scripted, delta, hello
+from pieces import pieces
 
 
 @pytest.mark.parametrize("who", ["coordinator", "client"])

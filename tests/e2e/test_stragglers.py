@@ -10,7 +10,8 @@ import pytest
 from choral.v1 import federation_pb2 as pb
 from e2e import exact
 from e2e.federation import GATED_TASK, PATIENCE_S, Federation, until
-from e2e.scripted import Scripted, delta, hello, pieces, refusal
+from e2e.scripted import Scripted, delta, hello, refusal
+from pieces import pieces
 from proxy import Proxy
 
 

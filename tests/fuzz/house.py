@@ -17,6 +17,7 @@ from choral.plan import Kind
 from choral.standardize import Standardize
 from choral.table import Table
 from choral.task import Task
+from choral.wire import PROTOCOL_VERSION
 from choral_client.transport import GrpcTransport
 from choral_server import access
 from choral_server.artifacts import FolderArtifacts
@@ -101,7 +102,7 @@ class Floor:
         CALLER.set(Caller(CLIENT, Role.DEVICE, certified=True))  # the gate has let it through
         run.record = replace(run.record, nonce="00000000")  # so that a corpus has the names of this process
         sessions = Sessions(TASK.name, TASK.version, run.model.manifest)
-        return cls(run, House(store, sessions, Transfers(), troubles, 2**20, lambda: NOON), folder)
+        return cls(run, House(store, sessions, Transfers(2**20), troubles, 2**20, lambda: NOON), folder)
 
     @contextmanager
     def round(self, kind: Kind) -> Iterator[Collection]:
@@ -173,6 +174,9 @@ class Answers:
     async def done_writing(self) -> None:
         pass
 
+    async def initial_metadata(self) -> None:
+        pass
+
     async def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.OK
 
@@ -210,11 +214,19 @@ class Link:
         self.transport = GrpcTransport("127.0.0.1:1", None, CLIENT)
 
     def says(self, answers: Iterable[Any]) -> GrpcTransport:
-        self.transport._stub = Stub(answers)  # type: ignore[assignment]
+        stub = Stub(answers)
+        self.transport._stub = stub  # type: ignore[assignment]
+        self.transport._download, self.transport._upload, self.transport._upload_whole = stub.Download, stub.Upload, stub.Upload
         return self.transport
 
 
-HELLO_PARTS = {"protocol_version": 1, "client": CLIENT, "instance": "one", "task": TASK.name, "task_version": TASK.version}
+HELLO_PARTS = {
+    "protocol_version": PROTOCOL_VERSION,
+    "client": CLIENT,
+    "instance": "one",
+    "task": TASK.name,
+    "task_version": TASK.version,
+}
 
 
 def hello(manifest: Any) -> Hello:

@@ -46,6 +46,7 @@ from fuzz.target import Decode, Make, Target, framed, in_memory, pieces_of
 from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
+from pieces import piece as piece_of
 
 TOLD = 3000  # characters: twice, and encoded, they must fit into the 8 KiB that gRPC has for the end of a call
 ASSIGNMENT = f"run/0/{CLIENT}/00000000"
@@ -80,7 +81,7 @@ def attendance_seeds() -> list[bytes]:
 def upload_of(kind: Kind) -> Make:
     def make(folder: Path) -> Any:
         async def received(floor: Floor, data: bytes) -> None:
-            _check(await floor.receives(kind, decoded(pb.UploadRequest, pieces_of(data))))
+            _check(await floor.receives(kind, pieces_of(data)))
 
         return _at_coordinator(folder, received)
 
@@ -142,7 +143,7 @@ def upload(kind: Kind, content: bytes, size: int = 8, **changes: Any) -> list[by
     """The messages of an upload, in chunks of `size` bytes."""
     announced = header(kind, content, **changes)
     offsets = range(max(announced.offset, 0), len(content), size)
-    chunks = [wire.chunk(content[offset : offset + size], offset) for offset in offsets]
+    chunks = [piece_of(content[offset : offset + size], offset) for offset in offsets]
     messages = [
         pb.UploadRequest(header=wire.header_to_pb(announced)),
         *(pb.UploadRequest(chunk=chunk) for chunk in chunks),
@@ -201,7 +202,9 @@ def attendance_hostile() -> list[bytes]:
             setattr(message.hello, name, value)
         messages.append(message.SerializeToString())
     whole = [
-        pb.AttendRequest(hello=pb.Hello(protocol_version=1, client=CLIENT, manifest=mb.Manifest.FromString(one)))
+        pb.AttendRequest(
+            hello=pb.Hello(protocol_version=wire.PROTOCOL_VERSION, client=CLIENT, manifest=mb.Manifest.FromString(one))
+        )
         for one in manifest_hostile()
     ]
     for message in whole:
@@ -271,9 +274,9 @@ def download(folder: Path) -> Any:
     async def fetched(link: Link, data: bytes) -> None:
         first, *rest = pieces_of(data) or [b""]
         version = wire.version_from_pb(mb.ModelVersion.FromString(first))
-        model = ModelFile(link.says(decoded(pb.DownloadResponse, rest)), folder, _Impatient(Random(0)), Expected(manifest()))
-        content = await model.obtain(version)
-        assert hashlib.sha256(content).digest() == version.digest
+        model = ModelFile(link.says(rest), folder, _Impatient(Random(0)), Expected(manifest()))
+        with await model.obtain(version) as file:
+            assert hashlib.sha256(file.read()).digest() == version.digest
 
     return _at_client(fetched)
 
@@ -288,14 +291,14 @@ class _Impatient(Patience):
 def download_seeds() -> list[bytes]:
     announced = wire.version_to_pb(VERSION).SerializeToString()
     half = len(WEIGHTS) // 2
-    pieces = [wire.chunk(WEIGHTS[:half], 0), wire.chunk(WEIGHTS[half:], half)]
+    pieces = [piece_of(WEIGHTS[:half], 0), piece_of(WEIGHTS[half:], half)]
     for_each = [pb.DownloadResponse(chunk=piece).SerializeToString() for piece in pieces]
     return [framed([announced, *for_each]), framed([announced])]
 
 
 def download_hostile() -> list[bytes]:
     versions = [VersionRef(3, b"", 7), VersionRef(3, VERSION.digest, 2**63 - 1), VersionRef(3, b"../../../escaped", -1)]
-    piece = pb.DownloadResponse(chunk=wire.chunk(WEIGHTS, 0)).SerializeToString()
+    piece = pb.DownloadResponse(chunk=piece_of(WEIGHTS, 0)).SerializeToString()
     announced = [framed([wire.version_to_pb(version).SerializeToString(), piece]) for version in versions]
     others = [b"weights", WEIGHTS.replace(b"F32", b"F64"), WEIGHTS.replace(b"F32", b"F8_E5M2"), b"\xff" * 7 + b"\x7f{}"]
     return [*announced, *map(_published, others)]
@@ -304,7 +307,7 @@ def download_hostile() -> list[bytes]:
 def _published(content: bytes) -> bytes:
     """What a coordinator publishes as a version, with its true digest."""
     version = VersionRef(3, hashlib.sha256(content).digest(), len(content))
-    piece = pb.DownloadResponse(chunk=wire.chunk(content, 0))
+    piece = pb.DownloadResponse(chunk=piece_of(content, 0))
     return framed([wire.version_to_pb(version).SerializeToString(), piece.SerializeToString()])
 
 

@@ -7,10 +7,11 @@ import pytest
 from choral.errors import InvalidMessage, ManifestMismatch, NameTaken, TaskMismatch
 from choral.manifest import Entry, EntryKind, Manifest
 from choral.messages import Cancel, FromCoordinator, Hello
+from choral.wire import PROTOCOL_VERSION
 from choral_server.sessions import Session, Sessions
 
 MANIFEST = Manifest((Entry("weight", "F32", (1, 13), 0, EntryKind.AVERAGED), Entry("bias", "F32", (1,), 13, EntryKind.AVERAGED)))
-HELLO = Hello(1, "alice", "start-1", "boston_housing", "1", MANIFEST, 202, "0.1.0")
+HELLO = Hello(PROTOCOL_VERSION, "alice", "start-1", "boston_housing", "1", MANIFEST, 202, "0.1.0")
 WORD, LAST = Cancel("run/1/alice", "so"), Cancel("run/2/alice", "and so")
 
 

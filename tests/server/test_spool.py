@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -186,17 +185,22 @@ async def test_what_is_refused_goes_and_the_rest_stays(tmp_path: Path, spool: Ro
     assert not two.exists()
 
 
-async def test_a_whole_upload_is_durable_before_it_has_its_name(spool: RoundSpool, monkeypatch: pytest.MonkeyPatch) -> None:
-    names: list[list[str]] = []
-    fsync = os.fsync
+async def test_an_upload_in_one_piece(tmp_path: Path, spool: RoundSpool) -> None:
+    with pytest.raises(CorruptTransfer, match="5 bytes arrived where 6 were announced"):
+        await spool.store_whole(header(), PAYLOAD[:5])
+    with pytest.raises(CorruptTransfer, match="not with the digest that was announced"):
+        await spool.store_whole(header(), PAYLOAD[::-1])
+    assert names(tmp_path) == []
+    path = await spool.store_whole(header(), PAYLOAD)
+    assert path.read_bytes() == PAYLOAD
+    assert spool.held(header()) == len(PAYLOAD)
+    assert names(tmp_path) == ["run/3/alice.bef57ec7f53a6d40.upload"]
 
-    def noted(descriptor: int) -> None:
-        fsync(descriptor)
-        names.append(sorted(path.suffix for path in spool.sum_path.parent.iterdir()))
 
-    monkeypatch.setattr(os, "fsync", noted)
-    await spool.store(header(), pieces(PAYLOAD))
-    assert names == [[".part"], [".upload"]]  # the bytes, then the name
+async def test_many_pieces_are_written_in_their_order(spool: RoundSpool) -> None:
+    content = bytes(range(256)) * 40_000
+    cut = [content[at : at + 300_000] for at in range(0, len(content), 300_000)]
+    assert (await spool.store(header(content), pieces(*cut))).read_bytes() == content
 
 
 async def test_a_whole_upload_is_held_and_taken_as_it_is(spool: RoundSpool) -> None:

@@ -213,7 +213,7 @@ class Hello(google.protobuf.message.Message):
     SOFTWARE_FIELD_NUMBER: builtins.int
     HISTORY_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
-    """The contract's version that the client speaks. This file describes version 1."""
+    """The contract's version that the client speaks. This file describes version 2."""
     client: builtins.str
     """The client's name, unique in the federation. 1 to 64 letters, digits, dots, dashes and underscores."""
     instance: builtins.str
@@ -615,6 +615,7 @@ class UploadHeader(google.protobuf.message.Message):
     WORK_FIELD_NUMBER: builtins.int
     DIGEST_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
+    CONTENT_FIELD_NUMBER: builtins.int
     assignment: builtins.str
     """The assignment that it answers."""
     client: builtins.str
@@ -629,6 +630,8 @@ class UploadHeader(google.protobuf.message.Message):
     """SHA-256 of the whole payload. Unit: 32 raw bytes."""
     offset: builtins.int
     """Where the first chunk begins: 0, or at most what ResumeUpload answered. Unit: bytes."""
+    content: builtins.bytes
+    """The whole payload, if it has at most 64 KiB: then nothing follows, neither chunk nor trailer."""
     @property
     def held_out(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[choral.v1.model_pb2.Metric]:
         """Metrics of the version that the client started from, on its held-out examples, if the plan asks and it has any."""
@@ -649,8 +652,9 @@ class UploadHeader(google.protobuf.message.Message):
         work: collections.abc.Iterable[choral.v1.model_pb2.Metric] | None = ...,
         digest: builtins.bytes = ...,
         offset: builtins.int = ...,
+        content: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "digest", b"digest", "examples", b"examples", "held_out", b"held_out", "offset", b"offset", "payload", b"payload", "payload_bytes", b"payload_bytes", "work", b"work"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "content", b"content", "digest", b"digest", "examples", b"examples", "held_out", b"held_out", "offset", b"offset", "payload", b"payload", "payload_bytes", b"payload_bytes", "work", b"work"]) -> None: ...
 
 global___UploadHeader = UploadHeader
 

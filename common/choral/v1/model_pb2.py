@@ -14,25 +14,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63horal/v1/model.proto\x12\tchoral.v1\"5\n\x08Manifest\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.choral.v1.ManifestEntry\"o\n\rManifestEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\"\n\x04kind\x18\x05 \x01(\x0e\x32\x14.choral.v1.EntryKind\"B\n\x0cModelVersion\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"7\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x03*r\n\tEntryKind\x12\x1a\n\x16\x45NTRY_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45NTRY_KIND_AVERAGED\x10\x01\x12\x16\n\x12\x45NTRY_KIND_COUNTER\x10\x02\x12\x18\n\x14\x45NTRY_KIND_STATISTIC\x10\x03*v\n\tRoundKind\x12\x1a\n\x16ROUND_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15ROUND_KIND_STATISTICS\x10\x01\x12\x17\n\x13ROUND_KIND_TRAINING\x10\x02\x12\x19\n\x15ROUND_KIND_EVALUATION\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63horal/v1/model.proto\x12\tchoral.v1\"5\n\x08Manifest\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.choral.v1.ManifestEntry\"o\n\rManifestEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\"\n\x04kind\x18\x05 \x01(\x0e\x32\x14.choral.v1.EntryKind\"S\n\x0cModelVersion\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\x0c\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"7\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x03*r\n\tEntryKind\x12\x1a\n\x16\x45NTRY_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45NTRY_KIND_AVERAGED\x10\x01\x12\x16\n\x12\x45NTRY_KIND_COUNTER\x10\x02\x12\x18\n\x14\x45NTRY_KIND_STATISTIC\x10\x03*v\n\tRoundKind\x12\x1a\n\x16ROUND_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15ROUND_KIND_STATISTICS\x10\x01\x12\x17\n\x13ROUND_KIND_TRAINING\x10\x02\x12\x19\n\x15ROUND_KIND_EVALUATION\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'choral.v1.model_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_ENTRYKIND']._serialized_start=383
-  _globals['_ENTRYKIND']._serialized_end=497
-  _globals['_ROUNDKIND']._serialized_start=499
-  _globals['_ROUNDKIND']._serialized_end=617
+  _globals['_ENTRYKIND']._serialized_start=400
+  _globals['_ENTRYKIND']._serialized_end=514
+  _globals['_ROUNDKIND']._serialized_start=516
+  _globals['_ROUNDKIND']._serialized_end=634
   _globals['_MANIFEST']._serialized_start=36
   _globals['_MANIFEST']._serialized_end=89
   _globals['_MANIFESTENTRY']._serialized_start=91
   _globals['_MANIFESTENTRY']._serialized_end=202
   _globals['_MODELVERSION']._serialized_start=204
-  _globals['_MODELVERSION']._serialized_end=270
-  _globals['_CHUNK']._serialized_start=272
-  _globals['_CHUNK']._serialized_end=324
-  _globals['_METRIC']._serialized_start=326
-  _globals['_METRIC']._serialized_end=381
+  _globals['_MODELVERSION']._serialized_end=287
+  _globals['_CHUNK']._serialized_start=289
+  _globals['_CHUNK']._serialized_end=341
+  _globals['_METRIC']._serialized_start=343
+  _globals['_METRIC']._serialized_end=398
 # @@protoc_insertion_point(module_scope)

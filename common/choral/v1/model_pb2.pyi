@@ -142,20 +142,24 @@ class ModelVersion(google.protobuf.message.Message):
     NUMBER_FIELD_NUMBER: builtins.int
     DIGEST_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
+    CONTENT_FIELD_NUMBER: builtins.int
     number: builtins.int
     """Counts up from 0 (the initial weights) within a run."""
     digest: builtins.bytes
     """SHA-256 of the checkpoint file. Unit: 32 raw bytes."""
     size_bytes: builtins.int
     """Length of the checkpoint file (safetensors). Unit: bytes."""
+    content: builtins.bytes
+    """The checkpoint file, if it has at most 64 KiB and was not sent before on the same stream; empty: it is to be fetched."""
     def __init__(
         self,
         *,
         number: builtins.int = ...,
         digest: builtins.bytes = ...,
         size_bytes: builtins.int = ...,
+        content: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["digest", b"digest", "number", b"number", "size_bytes", b"size_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "digest", b"digest", "number", b"number", "size_bytes", b"size_bytes"]) -> None: ...
 
 global___ModelVersion = ModelVersion
 
@@ -173,7 +177,7 @@ class Chunk(google.protobuf.message.Message):
     data: builtins.bytes
     """The piece. At most 1 MiB."""
     crc32: builtins.int
-    """CRC-32 (ISO-HDLC, as in zlib) of `data`."""
+    """CRC-32C (Castagnoli, as in RFC 3720) of `data`."""
     def __init__(
         self,
         *,
