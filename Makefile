@@ -55,6 +55,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/uploads.py
 	$(BIN)/python benchmarks/flood.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/sessions.py
 
 # The same work on Flower and NVFlare, which are installed in virtual environments of their own: make bench-peers ROWS=all
 ROWS ?= small-2 100mb-2

@@ -190,6 +190,10 @@ class Federation:
         """The coordinator's resident memory."""
         return usage(self.server_pid).resident_bytes / 2**20
 
+    def server_cpu_s(self) -> float:
+        """The CPU time that the coordinator has taken so far."""
+        return usage(self.server_pid).cpu_s
+
     async def bare_call_s(self, calls: int = 300) -> float:
         """Median seconds of a unary call over TLS to the coordinator: while it waits, this is what this machine can do."""
         token = Token.parse(await self.operator.token("bare-caller"))

@@ -145,6 +145,7 @@ def list_clients(config: WhereOption = _DEFAULT, json: JsonOption = False) -> No
     columns = {
         "client": lambda client: client.name,
         "attending": lambda client: "yes" if client.attending else "no",
+        "away until": lambda client: _moment(client, "away_until"),
         "examples": lambda client: client.examples,
         "accepted": lambda client: client.accepted,
         "refused in a row": lambda client: client.refused,

@@ -89,6 +89,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
         """The clients."""
+        self._coordinator.attendance.note_heard()
         by_name = sorted(self._store.clients.values(), key=lambda client: client.name)
         return pb.ListClientsResponse(clients=map(messages.client, by_name))
 

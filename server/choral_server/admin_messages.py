@@ -104,6 +104,7 @@ def client(record: ClientRecord) -> pb.Client:
         reason=record.reason,
         refused=record.refused,
         quarantine=record.quarantine,
+        away_until=timestamp(record.away_until) if record.away_until is not None else None,
     )
 
 

@@ -17,7 +17,7 @@ from choral.durable import write_durably
 from choral.errors import ConfigError, Revoked
 from choral.metrics import LOSS
 
-from choral_server import failpoints
+from choral_server import failpoints, open_files
 from choral_server.admin import AdminService
 from choral_server.artifacts import Artifacts, open_artifacts
 from choral_server.blueprint import Blueprint
@@ -68,6 +68,7 @@ async def serve(
 
 async def _serve(config: ServerConfig, code: HostedTask, ready: Callable[[HostPort], None]) -> int:
     failpoints.check()
+    open_files.allow(config.limits.connections)
     opening = asyncio.create_task(code.open())  # meanwhile the database is opened
     try:
         troubles = Troubles()
@@ -104,9 +105,15 @@ async def _work(
     house = House(store, sessions, transfers, troubles, config.spool_bytes, now)
     spool = Spool(config.state / "spool", troubles)
     coordinator = Coordinator(
-        run, house, spool, config.state, config.heartbeat_s, lambda rounds, parent: runs.further(house.clock(), rounds, parent)
+        run,
+        house,
+        spool,
+        config.state,
+        config.heartbeat_s,
+        lambda rounds, parent: runs.further(house.clock(), rounds, parent),
+        config.limits,
     )
-    federation = FederationService(coordinator, sessions, transfers, config.heartbeat_s, config.limits)
+    federation = FederationService(coordinator, sessions, transfers, config.limits)
     doors = Doors(config, membership, federation, AdminService(coordinator, store, membership))
     membership.expelled = lambda name, reason: _expel(doors, coordinator, name, reason)
     membership.replaced = lambda name, reason: doors.end_calls(name, Revoked(reason))

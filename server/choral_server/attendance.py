@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from datetime import timedelta
 from typing import NoReturn
 
 import structlog
 from choral.errors import ConfigError, DatabaseGone, Unreachable, UpdateRefused, WrongState
 from choral.heads import Head, is_genuine
-from choral.messages import Phase, Receipt, Status, UploadHeader, Welcome
+from choral.messages import ComeBack, Hello, Phase, Receipt, Status, UploadHeader, Welcome
+from choral.wire import HEARTBEAT_S
 
 from choral_server.collection import Collection, House
 from choral_server.history import differing
+from choral_server.places import FULL, HAD_ITS_TURN, Places
 from choral_server.records import ClientRecord, EventRecord
 from choral_server.rounds import OPEN_PARTS, receipt_after
 from choral_server.run import Run
@@ -26,25 +31,70 @@ log = structlog.get_logger()
 class Attendance:
     """Keeps the clients' records, and passes what they do to the round under way."""
 
-    def __init__(self, house: House, heartbeat_s: float, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        house: House,
+        heartbeat_s: float,
+        wake: Callable[[], None],
+        places: Places | None = None,
+        heartbeats_per_s: float = math.inf,
+    ) -> None:
         self._house = house
         self._heartbeat_s = heartbeat_s
+        self._heartbeats_per_s = heartbeats_per_s
         self._wake = wake
+        self._places = places
         self._refused: set[tuple[str, str]] = set()
         self._differing: set[str] = set()
         self._comparing: set[asyncio.Task[None]] = set()
         self.collection: Collection | None = None
         self.settled = False  # whether it is known which round goes on, if any does
 
+    def seat(self, hello: Hello, address: str) -> ComeBack | None:
+        """Let a client have a place: None, or when to come back if there is none."""
+        if self._places is None:
+            return None
+        now = self._house.clock()
+        if (leaving := self._places.leaves_for(hello.client, now)) is None:
+            record = self._record(hello.client, hello.examples, hello.software, address)
+            return self._sent_away(record, FULL)
+        self._make_room([leaving] if leaving else [])
+        self._places.take(hello.client)
+        return None
+
+    def turn_over(self) -> None:
+        """Between two rounds: let those who have had their turn make room for those who are about to come."""
+        if self._places is not None:
+            self._make_room(self._places.turn_over(self._house.clock()))
+
+    def _make_room(self, leaving: Iterable[str]) -> None:
+        house = self._house
+        for name in leaving:
+            if (session := house.sessions.of(name)) is not None:
+                session.say(self._sent_away(house.store.clients[name], HAD_ITS_TURN))
+                house.sessions.leave(session)
+                self._gone(name)
+
+    def _sent_away(self, client: ClientRecord, reason: str) -> ComeBack:
+        """A client is told to come back, and stands in line until it does."""
+        assert self._places is not None
+        told, waiting = self._places.send_away(client.name, self._house.clock(), reason)
+        away = replace(client, attending=False, heard_at=self._house.clock(), reason=reason)
+        self._house.store.later(replace(away, waits_since=waiting.since, away_until=waiting.until))
+        log.info("client sent away", client=client.name, reason=reason, seconds=told.after_s)
+        return told
+
+    def _record(self, name: str, examples: int, software: str, address: str) -> ClientRecord:
+        """A client that is here now, with what was known of it."""
+        now, known = self._house.clock(), self._house.store.clients.get(name)
+        if known is None:
+            return ClientRecord(name, True, examples, software, address, now)
+        return ClientRecord(name, True, examples, software, address, now, known.accepted, "", known.refused, known.quarantine)
+
     def joined(self, session: Session, run: Run) -> Welcome:
         """A client attends; what it is told first. It hears of its part in the round under way right after."""
         house = self._house
-        known = house.store.clients.get(session.client)
-        record = ClientRecord(
-            session.client, True, session.examples, session.software, session.address, house.clock(), known.accepted if known else 0
-        )
-        if known is not None:
-            record = replace(record, refused=known.refused, quarantine=known.quarantine)
+        record = self._record(session.client, session.examples, session.software, session.address)
         house.store.later(record)
         log.info("client attends", client=session.client, address=session.address, examples=session.examples)
         if self.collection is not None:
@@ -52,7 +102,8 @@ class Attendance:
         self._wake()
         self._compare(session)
         notice = f"this client is quarantined: {record.quarantine}; the coordinator's operator can release it"
-        return Welcome(run.record.name, self._heartbeat_s, run.version, notice if record.quarantine else "", house.store.head)
+        session.heartbeat_s = min(max(self._heartbeat_s, len(house.sessions) / self._heartbeats_per_s), HEARTBEAT_S[1])
+        return Welcome(run.record.name, session.heartbeat_s, run.version, notice if record.quarantine else "", house.store.head)
 
     def _compare(self, session: Session) -> None:
         """See whether the history still has the entry that a client was handed; its welcome does not wait for that."""
@@ -85,8 +136,14 @@ class Attendance:
         client = house.store.clients[session.client]
         house.store.later(replace(client, attending=False, heard_at=house.clock(), reason=reason))
         log.info("client left", client=session.client, reason=reason)
+        self._gone(session.client)
+
+    def _gone(self, client: str) -> None:
+        """A client does not attend any more."""
+        if self._places is not None:
+            self._places.leave(client)
         if self.collection is not None:
-            self.collection.left(session.client)
+            self.collection.left(client)
         self._wake()
 
     def reported(self, session: Session, status: Status) -> None:
@@ -96,10 +153,12 @@ class Attendance:
         if self.collection is not None:
             self.collection.reported(session.client, status)
 
-    def heard(self, session: Session) -> None:
-        """A client says that it is alive."""
-        store = self._house.store
-        store.clients[session.client] = replace(store.clients[session.client], heard_at=self._house.clock())
+    def note_heard(self) -> None:
+        """Bring the records up to date: when each session was last heard is noted there only, since heartbeats are many."""
+        store, now, clock = self._house.store, self._house.clock(), time.monotonic()
+        for session in self._house.sessions:
+            client, silent_s = store.clients[session.client], clock - session.heard_at
+            store.clients[session.client] = replace(client, heard_at=now - timedelta(seconds=silent_s))
 
     async def expects(self, header: UploadHeader) -> Receipt | Collection:
         """Who takes the bytes of an upload, or the receipt that it gets instead.

@@ -156,7 +156,7 @@ class Collection:
         before, house = self.round, self._house
         if after.state in ENDED:
             after = replace(after, duration_s=self.elapsed_s)
-        changed = [part for name, part in after.parts.items() if _differs(before.parts.get(name), part)]
+        changed = [part for part in after.parts.since(before.parts) if _differs(before.parts.get(part.assignment), part)]
         if changed or after.state is not before.state:
             ended = [part for part in changed if part.state not in OPEN_PARTS]
             at = Transition.PARTS_CHANGED if after.state is RoundState.OPEN else Transition.ROUND_CLOSED
@@ -375,4 +375,4 @@ def assignment_id(run: RunRecord, number: int, client: str) -> str:
 
 
 def _differs(before: Part | None, after: Part) -> bool:
-    return before is not after and (before is None or as_kept(before) != as_kept(after))
+    return before is None or as_kept(before) != as_kept(after)

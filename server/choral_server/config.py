@@ -104,6 +104,24 @@ class Limits(Settings):
     """seconds in which a call must have said its first word"""
     unread: Annotated[int, Field(ge=8, le=100_000)] = 256
     """messages that may wait for a client that does not read what it is told"""
+    sessions: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """clients that may attend at once; the others are told when to come back, and clients that have had their turn make place; five
+    sixths of connections, if not given"""
+    returns_per_s: Annotated[float, Field(gt=0, le=100_000)] = 50.0
+    """clients sent away that come back in a second, on the average: few come together, many one after the other"""
+    heartbeats_per_s: Annotated[float, Field(gt=0, le=1_000_000)] = 100.0
+    """heartbeats wanted in a second; when so many attend that there would be more, those who join are asked for fewer"""
+
+    @property
+    def places(self) -> int:
+        """How many clients may attend at once."""
+        return self.sessions if self.sessions is not None else max(1, self.connections * 5 // 6)
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.sessions is not None and self.sessions > self.connections:
+            raise ValueError(f"sessions {self.sessions} is more than connections {self.connections}; it can be at most that")
+        return self
 
 
 class TrainingChanges(Settings):
@@ -279,6 +297,12 @@ class ServerConfig(Settings):
             raise ValueError("plaintext: true contradicts tls: remove one of them")
         if self.plaintext and not self.listen.is_loopback:
             raise ValueError(f"plaintext: true is allowed on loopback only, not on {self.listen.host}: give tls")
+        wanted = max(self.run.needed, self.run.start_with or 0)
+        if wanted > self.limits.places:
+            raise ValueError(
+                f"a round waits for {wanted} clients (run.quorum, run.start_with), and only {self.limits.places} may attend at "
+                "once: raise limits.sessions, and limits.connections with it, or lower those"
+            )
         objective = self.run.objective
         if objective.on == "test" and self.evaluation.test_set is None:
             raise ValueError("run.objective.on is test, but there is no evaluation.test_set: give one, or say clients")

@@ -10,19 +10,23 @@ from pathlib import Path
 
 import structlog
 from choral.errors import ConfigError, UnknownVersion, WrongState
-from choral.messages import ComeBack, NewVersion
+from choral.messages import ComeBack
 from choral.plan import Kind
 
 from choral_server import cohort, disk
 from choral_server.attendance import Attendance
 from choral_server.collection import Collection, House, assignment_id
+from choral_server.config import Limits
 from choral_server.database import SUBJECT as DATABASE
 from choral_server.diagnosis import Condition
 from choral_server.failpoints import Transition
+from choral_server.herald import Herald
 from choral_server.intake import payload_bytes
+from choral_server.pace import Rhythm
 from choral_server.patience import patiently
+from choral_server.places import Places
 from choral_server.records import EventRecord, RunState
-from choral_server.rounds import Part, PartState, Round, RoundState, discarded
+from choral_server.rounds import OPEN_PARTS, Part, Parts, PartState, Round, RoundState, discarded
 from choral_server.run import ARTIFACTS, Run
 from choral_server.schedule import next_due
 from choral_server.spool import DISK, Spool
@@ -32,6 +36,7 @@ from choral_server.state_folder import lock_of
 log = structlog.get_logger()
 RESTART_S = 2.0  # when clients come back after a coordinator that was told to end
 _LATELY = 3  # rounds
+_STANDSTILL_S = 60.0  # when clients for which there is no place look again while no round will open by itself
 _LOOK_AGAIN_S = 2.0  # how often a full disk is looked at
 
 
@@ -49,9 +54,16 @@ class Coordinator:
         state: Path,
         heartbeat_s: float,
         open_next: Callable[[int, Run | None], Awaitable[Run]],
+        limits: Limits | None = None,
     ) -> None:
+        limits = limits or Limits()
         self.run = run
-        self.attendance = Attendance(house, heartbeat_s, self.wake)
+        self._herald = Herald(house.sessions)
+        self.places = Places(limits.places, limits.returns_per_s, house.store.clients, self._at_work, self._rhythm)
+        self.attendance = Attendance(house, heartbeat_s, self.wake, self.places, limits.heartbeats_per_s)
+        self._returns_per_s = limits.returns_per_s
+        self._round_s = self._cycle_s = 1.0  # of the last round: how long it took, and since the opening of the one before
+        self._opened_at: datetime | None = None
         self._house = house
         self._spool = spool
         self._state = state
@@ -201,11 +213,14 @@ class Coordinator:
             closed = await self._closed(run, collection)
         finally:
             self.attendance.collection = None
+        self._round_s = closed.duration_s or self._round_s
         collection.spool.clear()
         _log_round(run, closed)
         if closed.state is RoundState.DONE and collection.tally.aggregate is not None:
-            self._house.sessions.say_all(NewVersion(run.version))
+            self._herald.proclaim(run.version)
         await self._measure(run)
+        if self._goes_on(run) and run.next_kind() is Kind.TRAINING:
+            self.attendance.turn_over()
         return closed
 
     async def _closed(self, run: Run, collection: Collection) -> Round:
@@ -235,7 +250,7 @@ class Coordinator:
             quorum = quorum if kind is Kind.STATISTICS else 1
         chosen = cohort.choose(settings.seed, number, present, size)
         offered = self._house.sessions.codecs
-        parts = [Part(assignment_id(record, number, name), name, codec=run.codec(kind, offered(name))) for name in chosen]
+        parts = Parts(Part(assignment_id(record, number, name), name, codec=run.codec(kind, offered(name))) for name in chosen)
         opened = Round(
             run=record.name,
             number=number,
@@ -243,13 +258,38 @@ class Coordinator:
             version=run.version.number,
             goal=min(goal, len(parts)),
             quorum=quorum,
-            parts={part.assignment: part for part in parts},
+            parts=parts,
             opened_at=self._house.clock(),
             plan=run.plan_digest(kind, min(goal, len(parts))),
             parent=run.version.digest,
         )
         await run.open(opened)
+        self._count_turn(opened.opened_at)
         return self._collection(run, opened)
+
+    def _count_turn(self, opened_at: datetime) -> None:
+        self.places.opened(opened_at)
+        if self._opened_at is not None:
+            self._cycle_s = (opened_at - self._opened_at).total_seconds()
+        self._opened_at = opened_at
+
+    def _rhythm(self) -> Rhythm:
+        """What those who are sent away can expect."""
+        settings, record = self.run.settings, self.run.record
+        if record.paused or not self.run.active:
+            return Rhythm(max(_STANDSTILL_S, self._round_s), max(_STANDSTILL_S, self._cycle_s))
+        due = record.next_round_at
+        if due is None:
+            return Rhythm(self._round_s, self._cycle_s)
+        wait_s = (due - self._house.clock()).total_seconds()
+        cycle_s = (next_due(settings.schedule, due, due) - due).total_seconds()
+        return Rhythm(max(0.0, wait_s) + self._round_s, max(cycle_s, self._round_s))
+
+    def _at_work(self, client: str) -> bool:
+        """Whether something is awaited from a client."""
+        collection = self.attendance.collection
+        part = collection.round.part_of(client) if collection is not None else None
+        return part is not None and part.state in OPEN_PARTS
 
     def _collection(self, run: Run, round: Round) -> Collection:
         return Collection(run, round, self._spool.of(round.run, round.number), self._house)
@@ -276,7 +316,7 @@ class Coordinator:
             await run.save(back_to=None, others=(event,))
             return
         log.info("rolled back", to=number, version=run.version.number)
-        self._house.sessions.say_all(NewVersion(run.version))
+        self._herald.proclaim(run.version)
         await self._measure(run)
 
     # What operators do
@@ -325,7 +365,7 @@ class Coordinator:
                 raise WrongState(f"run {self.run.record.name} is {self.run.record.state.value}; stop it before starting another")
             self.run = await self._open_next(rounds, self.run if from_latest else None)
         self._retry_at = None
-        self._house.sessions.say_all(NewVersion(self.run.version))
+        self._herald.proclaim(self.run.version)
         self.wake()
 
     async def roll_back(self, number: int) -> None:
@@ -355,8 +395,12 @@ class Coordinator:
     async def dismiss(self, patience_s: float) -> None:
         """Send everyone away, for good if the run is what ends; wait at most `patience_s` until they are gone."""
         for_good = not self.run.active and not self.draining
-        farewell = ComeBack(None, self.run.record.reason) if for_good else ComeBack(RESTART_S, "the coordinator restarts")
-        self._house.sessions.say_all(farewell)
+        self._herald.finish()
+        here = self._house.sessions.present()
+        for number, client in enumerate(here):
+            after_s = RESTART_S + number / self._returns_per_s  # or all would knock at once
+            farewell = ComeBack(None, self.run.record.reason) if for_good else ComeBack(after_s, "the coordinator restarts")
+            self._house.sessions.say(client, farewell)
         try:
             async with asyncio.timeout(patience_s):
                 await self._house.sessions.emptied()

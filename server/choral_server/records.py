@@ -95,6 +95,9 @@ class ClientRecord:
     reason: str = ""
     refused: int = 0
     quarantine: str = ""
+    waits_since: datetime | None = None
+    """since when it stands in line for a place, if it was sent away; `away_until` is when it is to come back"""
+    away_until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

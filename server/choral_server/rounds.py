@@ -24,7 +24,7 @@ At the deadline, parts whose transfer advances may end it; all others that are s
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -35,25 +35,13 @@ from choral.messages import Phase, Receipt, Verdict
 from choral.metrics import Metric
 from choral.plan import Kind
 
-
-class PartState(enum.Enum):
-    """Where one client's part stands."""
-
-    ANNOUNCED = "announced"
-    DOWNLOADING = "downloading"
-    WORKING = "working"
-    UPLOADING = "uploading"
-    ABSENT = "absent"
-    GONE = "gone"
-    ACCEPTED = "accepted"
-    DECLINED = "declined"
-    REFUSED = "refused"
-    CANCELLED = "cancelled"
-
-
-AT_WORK = frozenset({PartState.ANNOUNCED, PartState.DOWNLOADING, PartState.WORKING, PartState.UPLOADING})
-AWAITED = AT_WORK | {PartState.ABSENT}
-OPEN_PARTS = AWAITED | {PartState.GONE}
+from choral_server.parts import AT_WORK as AT_WORK
+from choral_server.parts import AWAITED as AWAITED
+from choral_server.parts import OPEN_PARTS as OPEN_PARTS
+from choral_server.parts import Part as Part
+from choral_server.parts import Parts as Parts
+from choral_server.parts import PartState as PartState
+from choral_server.parts import as_kept as as_kept
 
 
 class RoundState(enum.Enum):
@@ -70,27 +58,8 @@ ENDED = frozenset({RoundState.DONE, RoundState.ABANDONED})
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One client's part: `examples` is the weight of its accepted result, `digest` the SHA-256 of that result's payload.
-
-    `codec` is how it was asked to encode an update; `payload_bytes` is the length of the accepted one.
-    """
-
-    assignment: str
-    client: str
-    state: PartState = PartState.ANNOUNCED
-    reason: str = ""
-    examples: int = 0
-    held_out: tuple[Metric, ...] = ()
-    work: tuple[Metric, ...] = ()
-    digest: bytes = b""
-    codec: str = ""
-    payload_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Round:
-    """A round: `parts` by assignment, `goal` and `quorum` in results, `duration_s` once it is over.
+    """A round: `parts` by assignment (any mapping becomes `Parts`), `goal` and `quorum` in results, `duration_s` once it is over.
 
     `plan` is the digest of what all its clients are asked, `parent` that of the version that it starts from.
     """
@@ -101,7 +70,7 @@ class Round:
     version: int
     goal: int
     quorum: int
-    parts: Mapping[str, Part]
+    parts: Parts
     opened_at: datetime
     state: RoundState = RoundState.OPEN
     reason: str = ""
@@ -109,13 +78,17 @@ class Round:
     plan: bytes = b""
     parent: bytes = b""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.parts, Parts):
+            object.__setattr__(self, "parts", Parts(self.parts.values()))
+
     def count(self, *states: PartState) -> int:
         """How many parts are in one of these states."""
-        return sum(part.state in states for part in self.parts.values())
+        return self.parts.count(*states)
 
     def part_of(self, client: str) -> Part | None:
         """The client's part, if it has one."""
-        return next((part for part in self.parts.values() if part.client == client), None)
+        return self.parts.of(client)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,25 +121,20 @@ def receipt_after(part: Part) -> Receipt:
     return Receipt(verdict, f"this part was {part.state.value}: {part.reason}")
 
 
-def as_kept(part: Part) -> Part:
-    """What of a part outlives the process: how an open one goes does not."""
-    return replace(part, state=PartState.ANNOUNCED, reason="") if part.state in OPEN_PARTS else part
-
-
 def resumed(round: Round) -> Round:
     """The round as a coordinator finds it that starts again: whoever had not ended their part is away until they return."""
-    away = {
-        part.assignment: replace(part, state=PartState.ABSENT, reason="the coordinator restarted")
+    away = [
+        replace(part, state=PartState.ABSENT, reason="the coordinator restarted")
         for part in round.parts.values()
         if part.state in OPEN_PARTS
-    }
-    return replace(round, parts={**round.parts, **away})
+    ]
+    return replace(round, parts=round.parts.having(away))
 
 
 def without(round: Round, lost: Iterable[Part]) -> Round:
     """The round after the results of these accepted parts were lost: it is open, and they are asked for again."""
-    away = {part.assignment: Part(part.assignment, part.client, PartState.ABSENT, "its result was lost") for part in lost}
-    return replace(round, state=RoundState.OPEN, parts={**round.parts, **away})
+    away = [Part(part.assignment, part.client, PartState.ABSENT, "its result was lost", codec=part.codec) for part in lost]
+    return replace(round, state=RoundState.OPEN, parts=round.parts.having(away))
 
 
 def published(round: Round) -> Round:
@@ -416,12 +384,12 @@ def _close(round: Round, state: RoundState, why: str) -> Step:
 
 def _cancel(round: Round, why: str, spared: AbstractSet[str] = frozenset()) -> Step:
     """End all open parts but those spared."""
-    cancelled = {
-        part.assignment: replace(part, state=PartState.CANCELLED, reason=why)
+    cancelled = [
+        replace(part, state=PartState.CANCELLED, reason=why)
         for part in round.parts.values()
         if part.state in OPEN_PARTS and part.assignment not in spared
-    }
-    return replace(round, parts={**round.parts, **cancelled}), tuple(Withdraw(part) for part in cancelled.values())
+    ]
+    return replace(round, parts=round.parts.having(cancelled)), tuple(map(Withdraw, cancelled))
 
 
 def _missing(round: Round) -> str:
@@ -430,4 +398,4 @@ def _missing(round: Round) -> str:
 
 
 def _with(round: Round, part: Part) -> Round:
-    return replace(round, parts={**round.parts, part.assignment: part})
+    return replace(round, parts=round.parts.having([part]))

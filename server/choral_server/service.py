@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from choral.errors import (
     UpdateRefused,
 )
 from choral.frames import Piece
-from choral.messages import Heartbeat, Hello, Receipt, Status, UploadHeader, Verdict
+from choral.messages import ComeBack, Hello, Receipt, Status, UploadHeader, Verdict, Welcome
 from choral.status import abort
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
 
-from choral_server.access import CALL
+from choral_server.access import CALL, Call
 from choral_server.announcements import Announcements, Contents
 from choral_server.caller import CALLER
 from choral_server.collection import Collection
@@ -45,6 +45,7 @@ from choral_server.version_forms import path_of
 
 log = structlog.get_logger()
 Context = grpc.aio.ServicerContext[Any, Any]
+_SILENT_BEATS = 3  # heartbeats that may be missing
 
 
 def handler_of(service: FederationService) -> grpc.GenericRpcHandler:
@@ -65,42 +66,49 @@ def handler_of(service: FederationService) -> grpc.GenericRpcHandler:
 class FederationService(federation_pb2_grpc.FederationServicer):
     """What clients reach."""
 
-    def __init__(
-        self, coordinator: Coordinator, sessions: Sessions, transfers: Transfers, heartbeat_s: float, limits: Limits
-    ) -> None:
+    def __init__(self, coordinator: Coordinator, sessions: Sessions, transfers: Transfers, limits: Limits) -> None:
         self._coordinator = coordinator
         self._attendance = coordinator.attendance
         self._sessions = sessions
         self._transfers = transfers
-        self._silence_s = 3 * heartbeat_s
         self._limits = limits
         self._frames = Frames()
         self._contents = Contents(lambda number: coordinator.run.checkpoints.path(number))
 
-    async def Attend(self, requests: AsyncIterator[pb.AttendRequest], context: Context) -> AsyncIterator[pb.AttendResponse]:
+    async def Attend(self, requests: AsyncIterator[pb.AttendRequest], context: Context) -> None:  # type: ignore[override]
         """Admit the client, then pass on what is said until either side ends the stream."""
         try:
             session = await self._admit(requests, context.peer())
-            call = CALL.get()
-            session.stop = lambda: call.end(LimitExceeded(f"{session.client}: {session.fault}"))
         except ChoralError as error:
             log.warning("client refused", address=context.peer(), reason=str(error))
             await abort(context, error)
-        reading = asyncio.create_task(self._listen(session, requests))
-        announcements = Announcements(self._contents)
+        if isinstance(session, ComeBack):
+            await context.write(wire.from_coordinator_to_pb(session))
+            return
+        call = CALL.get()
+        session.stop = lambda: call.end(LimitExceeded(f"{session.client}: {session.fault}"))
+        voice, why = Voice(session, context, call, Announcements(self._contents)), "the link broke"
         try:
-            welcome = self._attendance.joined(session, self._coordinator.run)
-            yield wire.from_coordinator_to_pb(announcements.complete(welcome))
-            async with aclosing(session.said()) as said:
-                async for message in said:
-                    yield wire.from_coordinator_to_pb(announcements.complete(message))
-            failure = _failure(reading)
-            if isinstance(failure, ChoralError):
-                await abort(context, failure)
+            await voice.begin(self._attendance.joined(session, self._coordinator.run))
+            try:
+                await self._listen(session, requests, call)
+                why = "it left"
+            finally:
+                voice.ends_call = False
+                session.close()
+            await voice.finish()
+        except ChoralError as error:
+            why = str(error)
+            await voice.finish()
+            await abort(context, error)
+        except asyncio.CancelledError:
+            if call.error is not None or not voice.finished:
+                raise
+            call.task.uncancel()  # it was we who closed it, and all is said
         finally:
-            reading.cancel()
+            voice.stop()
             if self._sessions.leave(session):
-                self._attendance.left(session, session.fault or (str(call.error) if call.error is not None else _why(reading)))
+                self._attendance.left(session, session.fault or (str(call.error) if call.error is not None else why))
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> None:  # type: ignore[override]
         """Send a checkpoint file's bytes as they lie."""
@@ -161,7 +169,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         except ChoralError as error:
             await abort(context, error)
 
-    async def _admit(self, requests: AsyncIterator[pb.AttendRequest], address: str) -> Session:
+    async def _admit(self, requests: AsyncIterator[pb.AttendRequest], address: str) -> Session | ComeBack:
         try:
             async with asyncio.timeout(self._limits.first_message_s):
                 first = await anext(requests, None)
@@ -173,28 +181,24 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         CALLER.get().must_be(hello.client)
         if self._coordinator.draining:
             raise Unreachable("the coordinator is about to end: it is there again when it has been restarted")
+        self._sessions.check(hello)
+        if (come_back := self._attendance.seat(hello, address)) is not None:
+            return come_back
         return self._sessions.admit(hello, address, self._limits.unread)
 
-    async def _listen(self, session: Session, requests: AsyncIterator[pb.AttendRequest]) -> None:
-        """Read what the client says until it stops, breaks the contract, or falls silent; then close the session."""
+    async def _listen(self, session: Session, requests: AsyncIterator[pb.AttendRequest], call: Call) -> None:
+        """Read what the client says until it stops, or breaks the contract; end the call if it falls silent."""
+        silence = Silence(session, call)
         try:
-            while True:
-                async with asyncio.timeout(self._silence_s):
-                    request = await anext(requests, None)
-                if request is None:
-                    return
+            while (request := await anext(requests, None)) is not None:
+                session.heard_at = time.monotonic()
                 match wire.from_client_from_pb(request):
                     case Status() as status:
                         self._attendance.reported(session, status)
-                    case Heartbeat():
-                        self._attendance.heard(session)
                     case Hello():
                         raise InvalidMessage("a second hello on one stream")
-        except TimeoutError:
-            # not the client's fault if a machine was suspended, its own or ours: it may come back
-            raise Unreachable(f"nothing heard for {self._silence_s:g} s; heartbeats are due three times as often") from None
         finally:
-            session.close()
+            silence.end()
 
     async def _take(self, header: UploadHeader, content: bytes, requests: AsyncIterator[bytes], context: Context) -> Receipt:
         """Store an upload, check it, and offer it to the round."""
@@ -284,13 +288,84 @@ async def _next(requests: AsyncIterator[bytes], stall_s: float) -> Piece | pb.Up
         raise Unreachable(f"nothing of the upload arrived for {stall_s:g} s: send the rest") from None
 
 
-def _failure(task: asyncio.Task[None]) -> BaseException | None:
-    return task.exception() if task.done() and not task.cancelled() else None
+class Voice:
+    """Writes what is said to a session: in a task that is there only while there is something to write.
+
+    Once the session is closed and all is written, it has `finished`, and ends the call if that is to end with it (`ends_call`).
+    """
+
+    def __init__(self, session: Session, context: Context, call: Call, announcements: Announcements) -> None:
+        self._session = session
+        self._context = context
+        self._call = call
+        self._announcements = announcements
+        self._writing: asyncio.Task[None] | None = None
+        self._broken = False
+        self.finished = False
+        self.ends_call = True
+
+    async def begin(self, welcome: Welcome) -> None:
+        """Say the welcome, and from then on what waits in the outbox."""
+        await self._context.write(wire.from_coordinator_to_pb(self._announcements.complete(welcome)))
+        self._session.wake = self._wake
+        self._wake()
+
+    async def finish(self) -> None:
+        """Wait until all is written."""
+        while self._writing is not None:
+            await asyncio.wait([self._writing])
+
+    def stop(self) -> None:
+        """Write no more."""
+        self._session.wake = lambda: None
+        if self._writing is not None:
+            self._writing.cancel()
+
+    def _wake(self) -> None:
+        done = self.finished or self._broken
+        if not done and self._writing is None and (self._session.outbox or self._session.closed):
+            self._writing = asyncio.create_task(self._write())
+            self._writing.add_done_callback(self._written)
+
+    async def _write(self) -> None:
+        outbox = self._session.outbox
+        while outbox:
+            await self._context.write(wire.from_coordinator_to_pb(self._announcements.complete(outbox[0])))
+            del outbox[0]
+
+    def _written(self, writing: asyncio.Task[None]) -> None:
+        self._writing = None
+        if writing.cancelled() or writing.exception() is not None:
+            self._broken = True  # the call has ended, and whoever reads hears of it
+        elif self._session.outbox:
+            self._wake()
+        elif self._session.closed:
+            self.finished = True
+            if self.ends_call:
+                self._call.task.cancel()
 
 
-def _why(reading: asyncio.Task[None]) -> str:
-    """Why a session ended."""
-    failure = _failure(reading)
-    if isinstance(failure, ChoralError):
-        return str(failure)
-    return "it left" if reading.done() and failure is None else "the link broke"
+class Silence:
+    """Ends the call of a session that says nothing for too long: one timer, which looks again when that may have happened."""
+
+    def __init__(self, session: Session, call: Call) -> None:
+        self._session = session
+        self._call = call
+        self._longest_s = _SILENT_BEATS * session.heartbeat_s
+        self._timer = self._again_in(self._longest_s)
+
+    def end(self) -> None:
+        """Look no more."""
+        self._timer.cancel()
+
+    def _again_in(self, seconds: float) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        left_s = self._session.heard_at + self._longest_s - time.monotonic()
+        if left_s > 0:
+            self._timer = self._again_in(left_s)
+            return
+        # not the client's fault if a machine was suspended, its own or ours: it may come back
+        told = f"nothing heard for {self._longest_s:g} s; heartbeats are due three times as often"
+        self._call.end(Unreachable(told))

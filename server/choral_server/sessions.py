@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from choral.errors import InvalidMessage, ManifestMismatch, NameTaken, TaskMismatch
@@ -15,10 +16,12 @@ from choral.names import ALLOWED, is_name
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """One client's open stream. What is said to the client waits in `outbox`; None closes the stream.
+    """One client's open stream. What is said to the client waits in `outbox`, and `wake` is called when it grows, or the stream is
+    closed: that ends once all is written.
 
     Of a client that does not read, no more than `unread` messages wait: then `stop` is called, and `fault` says why.
-    `history` is the newest head that the client was handed before, `codecs` its abilities to send an update in fewer bytes.
+    `history` is the newest head that the client was handed before, `codecs` its abilities to send an update in fewer bytes,
+    `heartbeat_s` how often it is asked to say that it lives, and `heard_at` when it was last heard, by the monotonic clock.
     """
 
     client: str
@@ -31,24 +34,27 @@ class Session:
     fault: str = ""
     history: Head | None = None
     codecs: tuple[str, ...] = ()
-    outbox: asyncio.Queue[FromCoordinator | None] = field(default_factory=asyncio.Queue)
+    heartbeat_s: float = 15.0
+    heard_at: float = field(default_factory=time.monotonic)
+    outbox: list[FromCoordinator] = field(default_factory=list)
+    closed: bool = False
+    wake: Callable[[], object] = lambda: None
 
     def say(self, message: FromCoordinator) -> None:
-        """Send `message` when the stream can take it."""
-        if self.outbox.qsize() < self.unread:
-            self.outbox.put_nowait(message)
+        """Send `message` when the stream can take it, unless it is closed."""
+        if self.closed:
+            return
+        if len(self.outbox) < self.unread:
+            self.outbox.append(message)
+            self.wake()
         elif not self.fault:
             self.fault = f"it has left {self.unread} messages unread (limits.unread)"
             self.stop()
 
     def close(self) -> None:
         """End the stream after what was said."""
-        self.outbox.put_nowait(None)
-
-    async def said(self) -> AsyncGenerator[FromCoordinator]:
-        """What is to be sent, in order, until the stream is closed."""
-        while (message := await self.outbox.get()) is not None:
-            yield message
+        self.closed = True
+        self.wake()
 
 
 class Sessions:
@@ -67,16 +73,16 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._open)
 
+    def __iter__(self) -> Iterator[Session]:
+        return iter(tuple(self._open.values()))
+
     def admit(self, hello: Hello, address: str, unread: int = 256) -> Session:
         """Open a session. The same start of a client takes over from its own broken stream.
 
         Raises InvalidMessage, TaskMismatch, ManifestMismatch or NameTaken.
         """
-        self._check(hello)
-        before = self._open.get(hello.client)
-        if before is not None and before.instance != hello.instance:
-            raise NameTaken(f"a client named {hello.client} attends already, from {before.address}: give this one another name")
-        if before is not None:
+        self.check(hello)
+        if (before := self._open.get(hello.client)) is not None:
             before.close()
         session = Session(
             hello.client,
@@ -113,15 +119,14 @@ class Sessions:
         session = self._open.get(client)
         return session.codecs if session is not None else ()
 
+    def of(self, client: str) -> Session | None:
+        """The session of a client, if it attends."""
+        return self._open.get(client)
+
     def say(self, client: str, message: FromCoordinator) -> None:
         """Say something to a client, if it attends."""
         session = self._open.get(client)
         if session is not None:
-            session.say(message)
-
-    def say_all(self, message: FromCoordinator) -> None:
-        """Say something to everyone who attends."""
-        for session in self._open.values():
             session.say(message)
 
     async def seen(self, clients: Collection[str]) -> None:
@@ -134,7 +139,8 @@ class Sessions:
         """Wait until nobody attends."""
         await self._empty.wait()
 
-    def _check(self, hello: Hello) -> None:
+    def check(self, hello: Hello) -> None:
+        """See whether this client can take part. Raises InvalidMessage, TaskMismatch, ManifestMismatch or NameTaken."""
         if not is_name(hello.client):
             raise InvalidMessage(f"client name {hello.client[:80]!r}: use {ALLOWED}")
         if hello.task != self._task:
@@ -152,3 +158,6 @@ class Sessions:
             )
         if hello.examples < 1:
             raise InvalidMessage(f"client {hello.client} has {hello.examples} examples; at least 1 is needed")
+        before = self._open.get(hello.client)
+        if before is not None and before.instance != hello.instance:
+            raise NameTaken(f"a client named {hello.client} attends already, from {before.address}: give this one another name")

@@ -26,7 +26,7 @@ from choral_server.failpoints import Transition
 from choral_server.history import Entry, Facts, History, Telling
 from choral_server.lease import Lease
 from choral_server.records import ClientRecord, EventRecord, MemberRecord, Record, RunRecord, TokenRecord, Told, VersionRecord
-from choral_server.rounds import ENDED, Part, Round, RoundState, as_kept
+from choral_server.rounds import ENDED, Part, Parts, Round, RoundState, as_kept
 from choral_server.tables import (
     ASSIGNMENTS,
     CLIENTS,
@@ -105,7 +105,7 @@ class _KeptRound:
     """A round as it was last written: its own row, and its parts."""
 
     row: Row
-    parts: Mapping[str, Part]
+    parts: Parts
 
 
 class Store:
@@ -170,9 +170,9 @@ class Store:
         Waits as long as the database is gone. Raises LeaseLost.
         """
         async with self._turn:
-            seen = dict(self.clients)
             written = {_key(record): record for record in (*self._unwritten.values(), *records)}.values()
             batch = self._batch(written)
+            seen = {name: self.clients.get(name) for name in batch.clients}
             await self._add_entries(batch, told_by(written, self.runs))
 
             async def work(connection: AsyncConnection) -> None:
@@ -291,16 +291,16 @@ class Store:
     def _add_round(self, batch: _Batch, record: Round) -> None:
         """Add what differs from what was last written of the round; how open parts go is not written, so never differs."""
         key = _round_key(record)
-        before = self._written.get(key, _KeptRound({}, {}))
+        before = self._written.get(key, _KeptRound({}, Parts()))
         kept = _KeptRound(round_to_row(record), record.parts)
         batch.rounds[key] = kept
         if kept.row != before.row:
             batch.add(ROUNDS, kept.row)
-        for place, part in enumerate(record.parts.values()):
+        for part in record.parts.since(before.parts):
             earlier = before.parts.get(part.assignment)
-            if earlier is part or (earlier is not None and as_kept(earlier) == as_kept(part)):
-                continue
-            batch.add(ASSIGNMENTS, part_to_row(as_kept(part), record.run, record.number, place))
+            if earlier is None or as_kept(earlier) != as_kept(part):
+                place = record.parts.place(part.assignment)
+                batch.add(ASSIGNMENTS, part_to_row(as_kept(part), record.run, record.number, place))
 
     def _settle(self, batch: _Batch) -> None:
         """Note what has been written."""
@@ -464,7 +464,7 @@ def _round_key(record: Round) -> RoundKey:
     return record.run, record.number
 
 
-def _since(committed: ClientRecord, before: Mapping[str, ClientRecord], now: Mapping[str, ClientRecord]) -> ClientRecord:
+def _since(committed: ClientRecord, before: Mapping[str, ClientRecord | None], now: Mapping[str, ClientRecord]) -> ClientRecord:
     """A client whose commit is done, with what was told of it while that was under way."""
     told = now.get(committed.name)
     return committed if told is None or told is before.get(committed.name) else _merged(committed, told)

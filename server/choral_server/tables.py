@@ -20,7 +20,7 @@ from choral_server.caller import Role
 from choral_server.history import Entry
 from choral_server.objective import Progress
 from choral_server.records import ClientRecord, EventRecord, MemberRecord, RunRecord, RunState, TokenRecord, VersionRecord
-from choral_server.rounds import Part, PartState, Round, RoundState
+from choral_server.rounds import Part, Parts, PartState, Round, RoundState
 
 Row = dict[str, Any]
 INSERT: Mapping[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
@@ -176,6 +176,8 @@ CLIENTS = Table(
     Column("reason", Words, nullable=False),
     Column("refused", sa.BigInteger, nullable=False),
     Column("quarantine", Words, nullable=False),
+    Column("waits_since", Moment),
+    Column("away_until", Moment),
 )
 
 EVENTS = Table(
@@ -297,7 +299,7 @@ def round_to_row(record: Round) -> Row:
 def round_from_row(row: Row, parts: Iterable[Part]) -> Round:
     """The round that was stored, with its parts."""
     kinds = {"kind": Kind(row["kind"]), "state": RoundState(row["state"])}
-    return Round(**dict(row) | kinds, parts={part.assignment: part for part in parts})
+    return Round(**dict(row) | kinds, parts=Parts(parts))
 
 
 def part_to_row(part: Part, run: str, number: int, place: int) -> Row:
@@ -359,6 +361,8 @@ def client_to_row(record: ClientRecord) -> Row:
         "reason": record.reason,
         "refused": record.refused,
         "quarantine": record.quarantine,
+        "waits_since": record.waits_since,
+        "away_until": record.away_until,
     }
 
 

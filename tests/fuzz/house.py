@@ -90,7 +90,7 @@ class Floor:
         self.folder = folder
         self.spool = Spool(folder / "spool", house.troubles)
         self.coordinator = Coordinator(run, house, self.spool, folder, 15.0, _no_other_run)
-        self.service = FederationService(self.coordinator, house.sessions, house.transfers, 15.0, Limits())
+        self.service = FederationService(self.coordinator, house.sessions, house.transfers, Limits())
         self.coordinator.attendance.settled = True
 
     @classmethod

@@ -40,6 +40,7 @@ class Floor:
         self.run = run
         self.time_s = 0.0
         self.transfers = Transfers(2**20, lambda: self.time_s)
+        self.said = asyncio.Event()
         self.sessions = Sessions(PLAIN.name, PLAIN.version, run.model.manifest)
         self.house = House(home.store, self.sessions, self.transfers, home.troubles, spool_bytes, lambda: NOON)
         self.attendance = Attendance(self.house, 15.0, lambda: None)
@@ -52,6 +53,7 @@ class Floor:
                 PROTOCOL_VERSION, client, f"start of {client}", PLAIN.name, PLAIN.version, self.run.model.manifest, 10, ""
             )
             self.open[client] = self.sessions.admit(hello, "here")
+            self.open[client].wake = self.said.set
             self.attendance.joined(self.open[client], self.run)
 
     def leave(self, client: str) -> None:
@@ -61,10 +63,13 @@ class Floor:
 
     async def hears(self, client: str, kind: type[T]) -> T:
         """The next message of this kind that the client gets."""
+        outbox = self.open[client].outbox
         while True:
-            message = await self.open[client].outbox.get()
-            if isinstance(message, kind):
-                return message
+            while outbox:
+                if isinstance(message := outbox.pop(0), kind):
+                    return message
+            self.said.clear()
+            await self.said.wait()
 
     def id_of(self, client: str) -> str:
         """The name of its part in the first round."""

@@ -141,6 +141,11 @@ def test_the_default_database_is_named_by_an_absolute_path(tmp_path: Path, monke
             "tls.operators.0: '../carol' is not allowed: 1 to 64 letters",
         ),
         ({"plaintext": GONE, "tls": TLS, "listen": "0.0.0.0:65535"}, "enrolment.listen is missing: there is no port after 65535"),
+        ({"limits.sessions": 6, "limits.connections": 5}, "sessions 6 is more than connections 5; it can be at most that"),
+        (
+            {"limits.sessions": 1, "run.cohort_size": 2},
+            "a round waits for 2 clients (run.quorum, run.start_with), and only 1 may attend at once: raise limits.sessions",
+        ),
         ({"limits.calls": 1}, "limits.calls: 1 is not allowed: greater than or equal to 2"),
         ({"limits.chunk_bytes": 2**20 + 1}, "limits.chunk_bytes: 1048577 is not allowed"),
         ({"plaintext": False}, "tls is missing"),

@@ -1092,6 +1092,7 @@ class Client(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     REFUSED_FIELD_NUMBER: builtins.int
     QUARANTINE_FIELD_NUMBER: builtins.int
+    AWAY_UNTIL_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Its name."""
     attending: builtins.bool
@@ -1114,6 +1115,10 @@ class Client(google.protobuf.message.Message):
     def heard_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was last heard."""
 
+    @property
+    def away_until(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it is to come back, if it was sent away because there was no place for it."""
+
     def __init__(
         self,
         *,
@@ -1127,9 +1132,10 @@ class Client(google.protobuf.message.Message):
         reason: builtins.str = ...,
         refused: builtins.int = ...,
         quarantine: builtins.str = ...,
+        away_until: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["heard_at", b"heard_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "address", b"address", "attending", b"attending", "examples", b"examples", "heard_at", b"heard_at", "name", b"name", "quarantine", b"quarantine", "reason", b"reason", "refused", b"refused", "software", b"software"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["away_until", b"away_until", "heard_at", b"heard_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "address", b"address", "attending", b"attending", "away_until", b"away_until", "examples", b"examples", "heard_at", b"heard_at", "name", b"name", "quarantine", b"quarantine", "reason", b"reason", "refused", b"refused", "software", b"software"]) -> None: ...
 
 global___Client = Client
 
