@@ -180,6 +180,8 @@ class ModelFile:
         except ChoralError:
             part.unlink(missing_ok=True)
             raise
+        with suppress(FileNotFoundError):
+            self._path.unlink()  # ext4 flushes a file that takes the place of another; what a power cut takes is fetched again
         part.replace(self._path)
 
     def _remove_others(self, part: Path) -> None:

@@ -37,6 +37,7 @@ class RoundSpool:
         self._folder = folder
         self._troubles = troubles
         self._arrivals: dict[str, Arrival] = {}
+        self._parts: dict[str, Path] | None = None  # the newest of each client
 
     @property
     def sum_path(self) -> Path:
@@ -104,9 +105,13 @@ class RoundSpool:
     def _make_room(self, part: Path, client: str) -> None:
         """A result has one payload: what came before with another digest is not gone on with."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for other in self._folder.glob(f"{client}.{'?' * 16}.part"):
-            if other != part:
-                other.unlink()
+        if (
+            self._parts is None
+        ):  # what earlier processes left; looked for once, or a round of n clients would look n times at n files
+            self._parts = {other.name.rsplit(".", 2)[0]: other for other in self._folder.glob("*.part")}
+        if (before := self._parts.get(client)) is not None and before != part:
+            before.unlink(missing_ok=True)
+        self._parts[client] = part
 
     @asynccontextmanager
     async def _arrival(self, header: UploadHeader, part: Path) -> AsyncIterator[Arrival]:
