@@ -54,6 +54,7 @@ from choral_client.work import Work
 
 log = structlog.get_logger()
 _AT_ONCE_S = 0.05
+_EAGER_S = 1.0  # the longest pause before the first contact: both may have been started together, and this lasts a minute at most
 _LAST_RECEIPTS_S = 1.0  # how long a run that is over waits for what is being answered
 
 
@@ -143,7 +144,8 @@ class Agent:
                 if left_s < 0 or not (error.retryable or isinstance(error, NameTaken)):
                     raise
                 self._failures += 1
-                pause_s = min(full_jitter(self._failures, self._rng, self._longest_pause_s), left_s)
+                longest_s = self._longest_pause_s if self._welcomed else min(_EAGER_S, self._longest_pause_s)
+                pause_s = min(full_jitter(self._failures, self._rng, longest_s), left_s)
                 log.warning("no link to the coordinator", reason=brief(str(error)), again_in_s=round(pause_s, 2))
                 self._diary.write("reconnecting", reason=brief(str(error)))
             else:

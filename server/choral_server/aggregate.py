@@ -37,6 +37,13 @@ class WeightedSum:
         self._weight = 0
         self.contained: frozenset[str] = frozenset()
 
+    def emptied(self) -> WeightedSum:
+        """Itself, with nothing in it: so many bytes fresh from the system cost more than to be zeroed again."""
+        self._sum.fill(0)
+        self._weight = 0
+        self.contained = frozenset()
+        return self
+
     def fold(self, part: Part, path: Path) -> None:
         """Add the update in the file at `path`, the accepted result of `part`."""
         weight = min(part.examples, self._cap)

@@ -81,6 +81,7 @@ class Run:
         self.current: VersionRecord
         self._code = code
         self._state: OptimizerState | None = None  # that belongs to the weights
+        self._sum: WeightedSum | None = None  # of the last round, to be used again
         self._store = store
         self._troubles = troubles
         self._evaluators = Evaluators.of(config)
@@ -183,9 +184,10 @@ class Run:
         return negotiated(self.settings.compression.codec, offered).name if kind is Kind.TRAINING else ""
 
     def aggregate(self, kind: Kind) -> Aggregate:
-        """An empty aggregate for a round of this kind."""
+        """An empty aggregate for a round of this kind, of which there is one at a time."""
         if kind is Kind.TRAINING:
-            return WeightedSum(self.model.manifest.size, self.settings.weight_cap)
+            self._sum = self._sum or WeightedSum(self.model.manifest.size, self.settings.weight_cap)
+            return self._sum.emptied()
         return StatisticsSum() if kind is Kind.STATISTICS else None
 
     def make_version(self, aggregate: WeightedSum | StatisticsSum, weights: Path, state: Path) -> bytes:
