@@ -32,6 +32,7 @@ from choral.messages import (
     Phase,
     Status,
     UploadHeader,
+    Verdict,
     VersionRef,
     Welcome,
 )
@@ -210,6 +211,7 @@ class Agent:
                 working = job is not None and job.assignment == assignment
                 if job is not None and working:
                     job.cancel()
+                self._residual.settle(assignment, Verdict.LATE)  # who withdraws a part has not counted its result
                 if self._deliveries.withdraw(assignment) or working:
                     log.info("no longer wanted", assignment=assignment, reason=reason)
             case NewVersion(version):
@@ -304,7 +306,7 @@ class Agent:
         hello, head = self._hello, self._heads.newest
         whose = repr((self._run, head.key if head is not None else b"", hello.task, hello.task_version, hello.manifest))
         about = About(hashlib.sha256(whose.encode()).hexdigest(), assignment.id, hello.manifest.size)
-        return self._residual.feedback(about, self._outbox.__contains__)
+        return self._residual.feedback(about)
 
     async def _checkpoint(self, assignment: Assignment) -> BufferedIOBase:
         """What the work starts from, however long the link is broken, as long as the guard allows it."""

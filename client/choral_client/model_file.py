@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 from contextlib import ExitStack, aclosing, suppress
 from io import BufferedIOBase
 from pathlib import Path
@@ -159,7 +160,7 @@ class ModelFile:
 
     def _make(self, part: Path, form: Form) -> tuple[Path, bytes]:
         """The checkpoint file that is made of a form, and its digest. Raises InvalidMessage: the form is none."""
-        made, digest = part.with_name("model.made.part"), hashlib.sha256()
+        made, digest = part.with_name(f"model.made.{secrets.token_hex(4)}.part"), hashlib.sha256()  # a cancelled attempt may go on
         with part.open("rb") as file, ExitStack() as stack, made.open("wb", buffering=0) as into:
             if form.name == BF16:
                 pieces = restored(file, self._expected.rounded)

@@ -61,17 +61,17 @@ class Residual:
         self._pending = self._folder / "pending"
 
     @contextmanager
-    def feedback(self, about: About, unsettled: Callable[[str], bool]) -> Iterator[Feedback]:
+    def feedback(self, about: About) -> Iterator[Feedback]:
         """For the update of `about.assignment`; what it leaves out is pending, and durable, when the context ends well.
 
-        `unsettled` says whether an assignment's result may yet be sent. Raises Declined: the disk is full or cannot be written.
+        Raises Declined: the disk is full or cannot be written.
         """
         try:
             if not self._folder.exists():
                 self._folder.mkdir()
                 sync_folder(self._folder.parent)
             remove_leftovers(self._folder)
-            self._drop_stale(about, unsettled)
+            self._drop_stale(about)
             with durable_file(self._pending) as write:
                 checksum = _write_header(write, about)
 
@@ -105,14 +105,18 @@ class Residual:
         except OSError as error:
             log.warning("what an update left out cannot be kept", folder=str(self._folder), reason=error.strerror)
 
-    def _drop_stale(self, about: About, unsettled: Callable[[str], bool]) -> None:
+    def _drop_stale(self, about: About) -> None:
         """Delete what is no residual of this model, and what nobody will settle any more."""
         pending = _about(self._pending)
-        if pending is not None and pending.assignment != about.assignment and unsettled(pending.assignment):
+        if pending is not None and pending.assignment != about.assignment:
             log.warning("an earlier update may have counted or not: what was left out until then is given up")
             self._current.unlink(missing_ok=True)
         if pending is None or pending.assignment != about.assignment:
             self._pending.unlink(missing_ok=True)
+        current = _about(self._current)
+        if current is not None and current.assignment == about.assignment:
+            log.warning("an update that counted is asked for again: what was left out until then is given up")
+            self._current.unlink()
         if not self._current.exists():
             return
         current = _about(self._current)

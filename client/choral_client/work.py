@@ -94,7 +94,7 @@ class Work:
         return tuple(m for m in evaluate(self._task, self._model, self._shard.held_out) if math.isfinite(m.value))
 
     def _load(self, checkpoint: BufferedIOBase) -> None:
-        """Read the weights to where the model has them; a model that has them elsewhere is given a copy."""
+        """Read the weights to where the model has them; if it has them elsewhere, it is given a copy."""
         self._places = self.expected.places(checkpoint)
         state = self._model.state_dict()
         inside = {tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())}
@@ -103,8 +103,7 @@ class Work:
             state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in state.items()}
         for name, place in self._places.items():
             place.read_into(checkpoint, state[name].detach())
-        if not direct:
-            self._model.load_state_dict(state)
+        self._model.load_state_dict(state)  # if they are there already, for what modules do when they are given weights
 
     def _train(self, plan: Plan, stop: threading.Event) -> tuple[Metric, ...]:
         """Train the model; what was measured on the way."""

@@ -37,7 +37,9 @@ class Arrival:
         self._batch: list[bytes] = []
         self._batch_bytes = 0
         self._writing: asyncio.Future[None] | None = None
-        self._over = False  # nothing more is to be written
+        self._over = False  # nothing more is taken
+        self._broken = False  # a batch was not written, and the next would take its place
+        self._closed = False
 
     async def add(self, piece: bytes) -> None:
         """Take the next piece. Raises Unreachable: another attempt took over; OSError: it cannot be written."""
@@ -46,39 +48,48 @@ class Arrival:
         self._batch_bytes += len(piece)
         if self._writing is not None and (self._writing.done() or self._batch_bytes >= _BATCH_BYTES):
             await self._written()
+            self._must_go_on()
         if self._writing is None:
             self._write_on()
 
     async def whole(self) -> tuple[int, bytes]:
         """How many bytes the file has now that all have come, and their SHA-256. Raises as `add`."""
         await self._written()
+        self._must_go_on()
         self._write_on()
         await self._written()
         self._must_go_on()
         return self._hashed, self._hash.digest()
 
     async def give_way(self) -> None:
-        """Another attempt takes over from here: write what has come, and nothing more."""
-        if self._over:
-            return
-        self._over, batch = True, self._batch
+        """Another attempt takes over from here: what has come is written, and nothing more once this returns."""
+        self._over = True
         if self._writing is not None:
             await asyncio.wait([self._writing])
-        with suppress(OSError):
-            self._write(batch)
+        self._flush()
 
     async def close(self) -> None:
-        """Write what has come, for the next attempt, unless that has taken over."""
+        """Write what has come, for the next attempt."""
+        self._over = True
         if self._writing is not None:
             try:
                 await asyncio.wait([self._writing])
             except asyncio.CancelledError:
+                self._closed = True
                 self._writing.add_done_callback(lambda done: os.close(self._descriptor))  # not before, or it wrote elsewhere
                 raise
-        if not self._over:
-            with suppress(OSError):
-                self._write(self._batch)
-        os.close(self._descriptor)
+        self._flush()
+        if not self._closed:
+            self._closed = True
+            os.close(self._descriptor)
+
+    def _flush(self) -> None:
+        """Write what waits, if that has not been done: of the attempt and of the one that takes over, either may be the first."""
+        if self._broken or self._closed:
+            return
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        with suppress(OSError):
+            self._write(batch)
 
     def _must_go_on(self) -> None:
         if self._over:
@@ -107,7 +118,7 @@ class Arrival:
                 _write_at(self._descriptor, piece, self._hashed)
                 self._count(piece)
         except OSError:
-            self._over = True  # or the next batch would be written in the place of this one
+            self._over = self._broken = True
             raise
 
     def _count(self, piece: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -110,7 +110,16 @@ class Collection:
         lost = await self.tally.restore(part for part in self.round.parts.values() if part.state is PartState.ACCEPTED)
         if lost:
             log.warning("accepted results are lost", round=self.round.number, clients=[part.client for part in lost])
-            await self._move(without(self.round, lost))
+            await self._give_back(lost)
+
+    async def _give_back(self, lost: Sequence[Part]) -> None:
+        """Store that these results, which were accepted and are lost, are awaited again and do not count yet."""
+        house, after = self._house, without(self.round, lost)
+        async with house.judging:
+            known = [house.store.clients[part.client] for part in lost if part.client in house.store.clients]
+            fewer = [replace(client, accepted=max(0, client.accepted - 1)) for client in known]
+            await house.store.commit(after, *fewer, at=Transition.PARTS_CHANGED)
+        self.round = after
 
     async def collect(self) -> Round:
         """Ask the cohort, and take what comes until the round closes."""

@@ -60,16 +60,15 @@ class StateWriter:
     def write(self, start: int, part: State) -> None:
         """Write the elements from `start` on of each vector."""
         if part and self._file is None:
-            self._file = self._begun(sorted(part))
+            self._file = Steadily(self._path)
+            self._file.write(self._head(sorted(part)), 0)
         for name, vector in part.items():
             assert self._file is not None
             self._file.write(vector.astype("<f4", copy=False).data.cast("B"), self._begin[name] + 4 * start)
 
-    def _begun(self, names: list[str]) -> Steadily:
+    def _head(self, names: list[str]) -> bytes:
         length = 4 * self._size
         offsets = {name: [number * length, (number + 1) * length] for number, name in enumerate(names)}
         head = header({name: {"dtype": "F32", "shape": [self._size], "data_offsets": offsets[name]} for name in names})
         self._begin = {name: len(head) + begin for name, (begin, _) in offsets.items()}
-        file = Steadily(self._path)
-        file.write(head, 0)
-        return file
+        return head

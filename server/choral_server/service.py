@@ -39,6 +39,7 @@ from choral_server.frames import Frames
 from choral_server.intake import check_payload
 from choral_server.offload import offload
 from choral_server.rounds import Upload
+from choral_server.run import Run
 from choral_server.sessions import Session, Sessions
 from choral_server.transfers import Transfer, Transfers
 from choral_server.version_forms import path_of
@@ -116,35 +117,29 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         try:
             if client:
                 CALLER.get().must_be(client)
-            if request.version == run.version.number:
-                path = await run.checkpoints.fetch(request.version)  # from the artifact store, should the copy here be lost
-            else:
-                path = run.checkpoints.path(request.version)
-            if request.form:
-                path = path_of(path, request.form)
-            file = path.open("rb")
-        except (ArtifactsGone, NotAllowed) as error:
-            await abort(context, error)
-        except (ConfigError, FileNotFoundError):
-            what = f"{wire.brief(request.form)} of version" if request.form else "version"
-            await abort(context, UnknownVersion(f"{what} {request.version} is not kept any more: ask for the one announced last"))
-        with file:
+            path = await _file_of(run, request)
             size = path.stat().st_size
             if not 0 <= request.offset <= size:
-                message = f"offset {request.offset} is outside the {size} bytes of version {request.version}: begin at 0"
-                await abort(context, InvalidMessage(message))
-            try:
-                async with self._transfers.turn(client, size - request.offset) as transfer:
+                raise InvalidMessage(
+                    f"offset {request.offset} is outside the {size} bytes of version {request.version}: begin at 0"
+                )
+            async with self._transfers.turn(client, size - request.offset) as transfer:
+                with path.open("rb") as file:  # not before: who waits holds no file
                     await context.send_initial_metadata(())
                     for offset in range(request.offset, size, wire.CHUNK_BYTES):
                         frame = await self._frames.frame(file, offset)
                         async with asyncio.timeout(run.settings.stall_s):  # or who does not read would hold on to a turn and a file
                             await context.write(frame)
                         transfer.moved(len(frame))
-            except TimeoutError:
-                told = f"nothing of version {request.version} was read for {run.settings.stall_s:g} s: fetch the rest"
-                log.warning("download broken", client=client, address=context.peer(), reason=told)
-                await abort(context, Unreachable(told))
+        except (ArtifactsGone, NotAllowed, InvalidMessage) as error:
+            await abort(context, error)
+        except (ConfigError, FileNotFoundError):
+            what = f"{wire.brief(request.form)} of version" if request.form else "version"
+            await abort(context, UnknownVersion(f"{what} {request.version} is not kept any more: ask for the one announced last"))
+        except TimeoutError:
+            told = f"nothing of version {request.version} was read for {run.settings.stall_s:g} s: fetch the rest"
+            log.warning("download broken", client=client, address=context.peer(), reason=told)
+            await abort(context, Unreachable(told))
 
     async def Upload(self, requests: AsyncIterator[bytes], context: Context) -> pb.UploadResponse:  # type: ignore[override]
         """Take in one result and answer with its receipt."""
@@ -217,7 +212,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                 collection.corrupt(header, str(error))
                 raise
             try:
-                await offload(header.payload_bytes, check_payload, header, path, collection.bounds())
+                bounds = collection.bounds()
+                size_bytes = max(header.payload_bytes, 4 * bounds.size)  # a few bytes may stand for all of the model
+                await offload(size_bytes, check_payload, header, path, bounds)
             except UpdateRefused as error:
                 collection.spool.discard(path)
                 collection.reject(header, str(error))
@@ -243,7 +240,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self, collection: Collection, header: UploadHeader, requests: AsyncIterator[bytes], context: Context
     ) -> Path:
         """Take in a payload that comes in pieces, when it is its turn. Raises LimitExceeded, and as `RoundSpool.store`."""
-        async with self._transfers.turn(header.client, header.payload_bytes - header.offset) as transfer:
+        async with self._transfers.turn(header.client, max(0, header.payload_bytes - header.offset)) as transfer:
+            if collection.expects(header) is not None:  # it has ended while we waited
+                raise Unreachable("the round ended while the result waited for its turn: ask what became of it")
             await context.send_initial_metadata(())  # the client waits for this
             try:
                 async with asyncio.timeout(collection.longest_s):
@@ -270,6 +269,15 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             else:
                 return
         raise Unreachable("the upload ended without its trailer: send the rest")
+
+
+async def _file_of(run: Run, request: pb.DownloadRequest) -> Path:
+    """The file that is asked for; the newest is fetched, should the copy here be lost. Raises ArtifactsGone or ConfigError."""
+    if request.version == run.version.number:
+        path = await run.checkpoints.fetch(request.version)
+    else:
+        path = run.checkpoints.path(request.version)
+    return path_of(path, request.form) if request.form else path
 
 
 def _header(message: pb.UploadHeader) -> UploadHeader:

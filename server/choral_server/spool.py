@@ -119,9 +119,11 @@ class RoundSpool:
         try:
             yield arrival
         finally:
-            await arrival.close()
-            if self._arrivals.get(header.client) is arrival:
-                del self._arrivals[header.client]
+            try:
+                await arrival.close()
+            finally:
+                if self._arrivals.get(header.client) is arrival:
+                    del self._arrivals[header.client]
 
     @contextmanager
     def _writable(self) -> Iterator[None]:
@@ -153,15 +155,28 @@ class RoundSpool:
         probe.unlink(missing_ok=True)
 
     def keep(self, parts: Iterable[Part]) -> None:
-        """Delete what no one of these parts, accepted or open, needs and no client can go on with."""
+        """Delete what no one of these parts, accepted or open, needs and no client can go on with.
+
+        What is whole and was not accepted is, like a part, verified when its client goes on with it: it was never durable.
+        """
         wanted = {self.sum_path}
         for part in parts:
-            accepted = part.state is PartState.ACCEPTED
-            wanted |= {self.path(part.client, part.digest)} if accepted else set(self._uploads_of(part.client))
+            if part.state is PartState.ACCEPTED:
+                wanted.add(self.path(part.client, part.digest))
+            else:
+                self._make_partial(part.client)
         if self._folder.exists():
             remove_leftovers(self._folder)
             for path in set(self._folder.iterdir()) - wanted - set(self._folder.glob("*.part")):
                 path.unlink()
+
+    def lose(self, part: Part) -> None:
+        """The upload of an accepted part is not what it was: what is there of it is a part, to be verified."""
+        self._make_partial(part.client)
+
+    def _make_partial(self, client: str) -> None:
+        for upload in list(self._uploads_of(client)):
+            upload.replace(upload.with_suffix(".part"))
 
     def drop(self, parts: Iterable[Part]) -> None:
         """Delete the uploads of these parts."""

@@ -48,6 +48,7 @@ class Tally:
             elif await self._spool.holds(part, self._result_bytes):
                 await self.add(part)
             else:
+                self._spool.lose(part)
                 lost.append(part)
         return lost
 

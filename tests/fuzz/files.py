@@ -343,7 +343,7 @@ def residual(folder: Path) -> Iterator[Decode]:
                 (folder / "residual").mkdir(exist_ok=True)
                 (folder / "residual" / name).write_bytes(content)
             kept.settle("another", Verdict.ACCEPTED)
-            with kept.feedback(about, lambda assignment: False) as feedback:
+            with kept.feedback(about) as feedback:
                 assert sum(block.size for block in feedback.blocks()) == 5
                 feedback.keep(np.zeros(5, np.float32))
 
@@ -354,7 +354,7 @@ def residual_seeds() -> list[bytes]:
     about = {"scope": "scope", "assignment": network.ASSIGNMENT, "size": 5}
     with tempfile.TemporaryDirectory() as name:
         kept = Residual(Path(name))
-        with kept.feedback(About(**about), lambda assignment: False) as feedback:  # type: ignore[arg-type]
+        with kept.feedback(About(**about)) as feedback:  # type: ignore[arg-type]
             feedback.keep(np.arange(5, dtype=np.float32))
         whole = (Path(name) / "residual" / "pending").read_bytes()
     changed = [{"size": 5.0}, {"size": "5"}, {"size": -5}, {"size": True}, {"size": 2**70}, {"scope": []}, {"more": 1}]
