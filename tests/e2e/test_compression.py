@@ -79,7 +79,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str, 
 
 
 @pytest.mark.parametrize(
-    "death", ["upload-spooled#5", "parts-changed:after#5", "parts-changed:before#5", "version-published:after#4"]
+    "death", ["upload-spooled#5", "round-closed:after#3", "round-closed:before#3", "version-published:after#4"]
 )
 def test_the_coordinator_dies_and_no_residual_is_lost_or_sent_twice(quick: Federation, calm: dict[str, Any], death: str) -> None:
     exact.configure(quick, ROUNDS, run=TOPK)
