@@ -139,13 +139,18 @@ def trigger(config: WhereOption = _DEFAULT) -> None:
     _say_run(_call(config, "TriggerRound").run)
 
 
+def _whether_attending(client: Any) -> str:
+    if client.attending:
+        return "yes"
+    return f"no, until {_moment(client, 'away_until')}" if client.HasField("away_until") else "no"
+
+
 @clients.command("list")
 def list_clients(config: WhereOption = _DEFAULT, json: JsonOption = False) -> None:
     """Every client that has ever attended."""
     columns = {
         "client": lambda client: client.name,
-        "attending": lambda client: "yes" if client.attending else "no",
-        "away until": lambda client: _moment(client, "away_until"),
+        "attending": _whether_attending,
         "examples": lambda client: client.examples,
         "accepted": lambda client: client.accepted,
         "refused in a row": lambda client: client.refused,

@@ -31,7 +31,7 @@ from choral.table import Table
 from choral.wire import header_to_pb
 from choral_client import diary
 from choral_client.diary import Diary
-from choral_client.outbox import Outbox, Parcel
+from choral_client.outbox import _END, _MAGIC, Outbox, Parcel
 from choral_client.residual import About, Residual
 from choral_client.work import Work
 from choral_deploy.client_commands import _config as client_config
@@ -261,7 +261,7 @@ def work(folder: Path) -> Iterator[Decode]:
 
 
 def _worked(working: Work, plan: Plan, data: bytes) -> None:
-    working.do(plan, data, threading.Event())
+    working.do(plan, io.BytesIO(data), threading.Event())
 
 
 def _tensors(header: bytes, content: bytes = b"", size: int | None = None) -> bytes:
@@ -363,19 +363,17 @@ def residual_seeds() -> list[bytes]:
 
 
 def _sealed(data: bytes) -> bytes:
-    """The header of a result with its right checksum, before an empty payload and, if that is what it speaks of, a good one."""
-    from choral_client.outbox import _MAGIC, _PREFIX
-
-    return _PREFIX.pack(_MAGIC, hashlib.sha256(data).digest(), len(data)) + data + network.payload(Kind.TRAINING)
+    """The header of a result with its right checksum, behind a good payload."""
+    return network.payload(Kind.TRAINING) + data + _END.pack(hashlib.sha256(data).digest(), len(data), _MAGIC)
 
 
 def outbox_seeds() -> list[bytes]:
     content = network.payload(Kind.TRAINING)
     with tempfile.TemporaryDirectory() as folder:
         kept = Outbox(Path(folder) / "outbox")
-        kept.save(Parcel(network.header(Kind.TRAINING, content), 3), memoryview(content))
+        kept.save(Parcel(network.header(Kind.TRAINING, content), 3), [content])
         whole = kept._path(network.ASSIGNMENT).read_bytes()
-    return [whole, whole[44 : len(whole) - len(content)]]
+    return [whole, whole[len(content) : -_END.size]]
 
 
 def outbox_hostile() -> list[bytes]:
@@ -415,7 +413,7 @@ def assignment(folder: Path) -> Iterator[Decode]:
 
     def decode(data: bytes) -> None:
         name = data.decode("utf-8", "ignore")  # protobuf lets no half character through
-        kept.save(Parcel(replace(header, assignment=name), 3), memoryview(content))
+        kept.save(Parcel(replace(header, assignment=name), 3), [content])
         assert kept.assignments() == [name]
         assert kept.load(name) is not None
         kept.remove(name)

@@ -77,6 +77,9 @@ class Call:
     async def write(self, _message: object) -> None:
         pass
 
+    async def send_initial_metadata(self, _metadata: object) -> None:
+        pass
+
     async def abort(self, _code: grpc.StatusCode, details: str, _trailing: object = ()) -> NoReturn:
         raise Aborted(details)
 
@@ -151,8 +154,7 @@ class Floor:
         assert task is not None
         access.CALL.set(access.Call(task))  # as the gate does
         with self.round(Kind.TRAINING):
-            async for _ in self.service.Attend(_stream(requests), Call()):  # type: ignore[arg-type]
-                pass
+            await self.service.Attend(_stream(requests), Call())  # type: ignore[arg-type]
 
 
 async def _no_other_run(rounds: int, parent: Run | None) -> NoReturn:

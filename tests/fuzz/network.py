@@ -94,7 +94,7 @@ def payload_of(kind: Kind) -> Make:
     def make(folder: Path) -> Any:
         async def received(floor: Floor, data: bytes) -> None:
             payload = data[: BYTES[kind]].ljust(BYTES[kind], b"\0")
-            _check(await floor.receives(kind, decoded(pb.UploadRequest, upload(kind, payload))))
+            _check(await floor.receives(kind, upload(kind, payload)))
 
         return _at_coordinator(folder, received)
 
