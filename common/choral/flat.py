@@ -1,13 +1,9 @@
-"""A model's state dict as one flat float32 vector, and back."""
+"""A model's tensors, described: which of them make up the flat vector, and in which order."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from choral.errors import TaskError
 from choral.manifest import Entry, EntryKind, Manifest
@@ -50,22 +46,3 @@ def describe(model: nn.Module) -> Manifest:
     if offset == 0:
         raise TaskError("the model has no floating-point parameters or buffers: there is nothing to average")
     return Manifest(tuple(entries))
-
-
-def flatten(state: Mapping[str, Tensor], manifest: Manifest) -> NDArray[np.float32]:
-    """The averaged entries of a state dict as a new vector `(manifest.size,)`."""
-    flat = np.empty(manifest.size, dtype=np.float32)
-    view = torch.from_numpy(flat)
-    for entry in manifest.averaged:
-        view[entry.offset : entry.offset + entry.size].copy_(state[entry.name].detach().reshape(-1))
-    return flat
-
-
-def unflatten(flat: NDArray[np.float32], state: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
-    """A new state dict: averaged entries from `flat`, cast to their own types; all others as they are in `state`."""
-    view = torch.from_numpy(flat)
-    new = dict(state)
-    for entry in manifest.averaged:
-        like = state[entry.name]
-        new[entry.name] = view[entry.offset : entry.offset + entry.size].reshape(entry.shape).to(like.dtype, copy=True)
-    return new

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from choral.errors import TaskError
-from choral.flat import DTYPES, describe, flatten, unflatten
+from choral.flat import DTYPES, describe
 from choral.manifest import Entry, EntryKind
 from choral.standardize import Standardize
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from vectors import flatten, unflatten
 
 AVERAGED, COUNTER, STATISTIC = EntryKind.AVERAGED, EntryKind.COUNTER, EntryKind.STATISTIC
 

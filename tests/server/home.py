@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from choral.config import parse
 from choral.durable import write_durably
-from choral.flat import flatten
 from choral.messages import VersionRef
 from choral.metrics import Metric
 from choral.table import Table
@@ -34,6 +33,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import TensorDataset
+from vectors import flatten
 
 NOON = datetime(2025, 6, 1, 12, tzinfo=UTC)
 PLAIN = Task("plane", lambda: nn.Linear(2, 1), mse_loss, Table(["a", "b"], target="y"))

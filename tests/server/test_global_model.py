@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from choral.errors import ConfigError
-from choral.flat import flatten, unflatten
 from choral.metrics import Metric
 from choral.standardize import Standardize
 from choral.statistics import Moments
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save, save_file
 from server.home import PLAIN, Here
 from torch import nn
 from torch.utils.data import TensorDataset
+from vectors import flatten, unflatten
 
 
 def _standardized() -> nn.Module:
