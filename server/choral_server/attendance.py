@@ -20,7 +20,7 @@ from choral_server.collection import Collection, House
 from choral_server.history import differing
 from choral_server.places import FULL, HAD_ITS_TURN, Places
 from choral_server.records import ClientRecord, EventRecord
-from choral_server.rounds import OPEN_PARTS, receipt_after
+from choral_server.rounds import OPEN_PARTS, Part, receipt_after
 from choral_server.run import Run
 from choral_server.sessions import Session
 from choral_server.standing import release
@@ -168,9 +168,7 @@ class Attendance:
         client = self._house.store.clients.get(header.client)
         if client is not None and client.quarantine:
             await self._refuse(header, "quarantined", f"client {header.client} is quarantined: {client.quarantine}")
-        current = self.collection
-        here = current is not None and header.assignment in current.round.parts
-        part = current.round.parts[header.assignment] if current and here else await self._house.store.part(header.assignment)
+        current, part, settled = await self._part(header.assignment)
         if part is None:
             await self._refuse(
                 header, "unknown", f"assignment {header.assignment} is unknown: nobody named {header.client} was asked for it"
@@ -179,15 +177,25 @@ class Attendance:
             await self._refuse(
                 header, "another's", f"assignment {header.assignment} was given to {part.client}, not to {header.client}"
             )
-        if current is not None and here:
+        if current is not None:
             return current.expects(header) or current
-        if part.state in OPEN_PARTS and not self.settled:
+        if part.state in OPEN_PARTS and not settled:
             raise Unreachable(f"the round of assignment {header.assignment} is being taken up: send the result in a moment")
         if part.state in OPEN_PARTS:
             await self._refuse(
                 header, "another run's", f"assignment {header.assignment} is of a run that this coordinator is not on"
             )
         return receipt_after(part)
+
+    async def _part(self, assignment: str) -> tuple[Collection | None, Part | None, bool]:
+        """The part, with the round under way if it is of that, and whether an earlier process's round has been taken up."""
+        while True:
+            current, settled = self.collection, self.settled
+            if current is not None and assignment in current.round.parts:
+                return current, current.round.parts[assignment], settled
+            part = await self._house.store.part(assignment)
+            if (current, settled) == (self.collection, self.settled):  # or its round was taken up, or closed, during the look
+                return None, part, settled
 
     async def _refuse(self, header: UploadHeader, kind: str, reason: str) -> NoReturn:
         """Say no to what is no result of an open part. Of each kind one per client is an event: strangers fill no disk."""

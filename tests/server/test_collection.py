@@ -519,6 +519,24 @@ async def test_a_result_that_is_offered_before_its_round_is_taken_up_is_not_lost
         await here.attendance.expects(offered)
 
 
+async def test_a_result_whose_round_is_taken_up_while_the_database_is_asked_is_expected(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = await floor(home)
+    collection = here.taken_up(await stopped_after(here, "alice"))
+    await collection.restore()
+    here.attendance.collection = None
+    asked = home.store.part
+
+    async def meanwhile(assignment: str) -> Part | None:
+        part = await asked(assignment)
+        here.attendance.collection, here.attendance.settled = collection, True
+        return part
+
+    monkeypatch.setattr(home.store, "part", meanwhile)
+    assert await here.attendance.expects(header_of(collection, "bob")) is collection
+
+
 async def test_a_result_sent_again_after_a_restart_is_a_duplicate(home: Home) -> None:
     here = await floor(home)
     collection = here.taken_up(await stopped_after(here, "alice"))
