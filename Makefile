@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/choral demo --out out
 
 test: $(READY)
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -n 2 --dist worksteal
 
 # More seeds than `make test`: make chaos SEEDS=1000-1099
 SEEDS ?= 100-199
