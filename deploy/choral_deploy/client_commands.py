@@ -60,12 +60,13 @@ def client(
     }
     given = {name: value for name, value in flags.items() if value is not None}
     settings = _config(config, given)  # before torch is imported
-    from choral import logs
+    from choral import logs, memory
     from choral_client.app import attend
 
     from choral_deploy.ending import leave
 
     logs.configure(log_format, log_level)
+    memory.keep_freed()
     asyncio.run(attend(settings))
     leave(0)
 
