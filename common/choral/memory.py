@@ -7,14 +7,14 @@ import os
 import sys
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of mallopt(3)
-_KEPT_BYTES = 64 << 20
+_KEPT_BYTES = 32 << 20
 _ASKED_FOR_BYTES = 4 << 20
 _LARGE_BYTES = 16 << 20
 _OTHERS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def keep_freed() -> None:
-    """Let the C library (glibc) keep up to 64 MiB of what is freed, for what is needed next; who runs the process may say otherwise.
+    """Let the C library (glibc) keep up to 32 MiB of what is freed, for what is needed next; who runs the process may say otherwise.
 
     Transfers take and free a few MiB at a time. The C library would give each back to the system and ask for it again, and the
     system zeroes every page of it: that costs more than whatever is done with the bytes.

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import importlib.util
 import io
-import os
 import pickle
 import random
 import re
@@ -27,8 +26,9 @@ from choral_client.checkpoint import Expected, Place
 from choral_client.model_file import ModelFile
 from safetensors.torch import save
 
-SMALL = os.urandom(100)
-LARGE = os.urandom(5 * CHUNK_BYTES + 7)
+_ANY = random.Random(5)  # noqa: S311 - the same in each process that collects these tests
+SMALL = _ANY.randbytes(100)
+LARGE = _ANY.randbytes(5 * CHUNK_BYTES + 7)
 
 
 def version(content: bytes, number: int = 3) -> VersionRef:
