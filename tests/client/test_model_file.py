@@ -26,7 +26,7 @@ from choral_client.checkpoint import Expected, Place
 from choral_client.model_file import ModelFile
 from safetensors.torch import save
 
-_ANY = random.Random(5)  # noqa: S311 - the same in each process that collects these tests
+_ANY = random.Random(5)
 SMALL = _ANY.randbytes(100)
 LARGE = _ANY.randbytes(5 * CHUNK_BYTES + 7)
 
