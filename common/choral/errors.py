@@ -16,6 +16,7 @@
     ├── LeaseLost            another coordinator has taken over the database
     ├── HistoryBroken        the history is not what was signed, or not all of it
     ├── Declined             this client will not do the assignment
+    │   └── Deceived             what others do in secure aggregation would reveal this client's update
     └── Refused              the coordinator said no
         ├── Unauthenticated      no certificate, or none that the coordinator accepts
         ├── Revoked              the certificate's owner does not belong any more
@@ -142,6 +143,10 @@ class HistoryBroken(ChoralError):
 
 class Declined(ChoralError):
     """This client will not do the assignment; the message is sent to the coordinator."""
+
+
+class Deceived(Declined):
+    """In secure aggregation, what the coordinator says, or others say through it, would reveal this client's update."""
 
 
 class Refused(ChoralError):

@@ -6,6 +6,7 @@ number, which is 1 or more; the secret is the value at 0.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 
@@ -45,11 +46,8 @@ def _value(coefficients: Sequence[int], at: int) -> int:
 
 def _weight(holder: int, holders: Sequence[int]) -> int:
     """Lagrange's, of a holder's share in the value at 0."""
-    above, below = 1, 1
-    for other in holders:
-        if other != holder:
-            above = above * other % PRIME
-            below = below * (other - holder) % PRIME
+    others = [other for other in holders if other != holder]
+    above, below = math.prod(others), math.prod(other - holder for other in others)  # of small numbers: one reduction will do
     return above * pow(below, -1, PRIME) % PRIME
 
 

@@ -1,0 +1,168 @@
+"""The coordinator's side of one secure sum: what it passes on at each step, and what is left to take off the sum.
+
+    take_advert, roster ─▶ take_shares, shares_for ─▶ (masked updates) ─▶ close ─▶ take_signature, signatures_for
+                        ─▶ take_revealed, mask
+
+Pure: nothing waits here, or talks. The coordinator is not trusted with anything; what it checks is that no client spoils the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from itertools import combinations, islice
+
+from choral.errors import ConfigError, UpdateRefused
+from choral.secagg import keys
+from choral.secagg.keys import PUBLIC_BYTES
+from choral.secagg.masks import Mask
+from choral.secagg.roster import (
+    Advert,
+    KeyOf,
+    Roster,
+    Terms,
+    check_advert,
+    has_signed_survivors,
+    share_number,
+)
+from choral.secagg.shamir import PRIME, Recovery
+
+_TRIES = 1000  # sets of shares, to find one without those that were made up
+
+
+class TooFew(ConfigError):
+    """So many have gone that the sum cannot be unmasked; nothing was revealed."""
+
+
+class Unmasking:
+    """One round. `key_of` knows the clients' signing keys; `least_clients` must take part."""
+
+    def __init__(self, terms: Terms, key_of: KeyOf, least_clients: int) -> None:
+        self._terms = terms
+        self._key_of = key_of
+        self._least = least_clients
+        self._adverts: dict[str, Advert] = {}
+        self._sealed: dict[str, Mapping[str, bytes]] = {}
+        self._signatures: dict[str, bytes] = {}
+        self._mask_seeds: dict[str, dict[int, int]] = {}  # shares by whose secret, and by the holder's number
+        self._key_seeds: dict[str, dict[int, int]] = {}
+        self._recoveries: dict[tuple[int, ...], Recovery] = {}
+        self._roster: Roster | None = None
+        self._delivering = False
+        self.survivors: tuple[str, ...] = ()
+
+    def take_advert(self, said: Advert) -> None:
+        """A client takes part. Raises UpdateRefused: it has not signed that, or says it twice."""
+        if self._roster is not None or said.client in self._adverts:
+            raise UpdateRefused(f"{said.client} shows keys for the secure sum again, or too late: once a round, before the roster")
+        if {len(said.shown.mask_key), len(said.shown.share_key), len(said.shown.commitment)} != {PUBLIC_BYTES}:
+            raise UpdateRefused(f"{said.client} shows keys of another length: each has {PUBLIC_BYTES} bytes")
+        check_advert(self._terms, said, self._key_of)
+        self._adverts[said.client] = said
+
+    @property
+    def roster(self) -> Roster:
+        """Who takes part, from now on. Raises TooFew."""
+        if self._roster is None:
+            if len(self._adverts) < self._least:
+                raise TooFew(f"{len(self._adverts)} clients take part in the secure sum; {self._least} must")
+            self._roster = Roster.of(self._terms, self._adverts.values())
+        return self._roster
+
+    def take_shares(self, client: str, sealed: Mapping[str, bytes]) -> None:
+        """What a client has sealed for its neighbours. Raises UpdateRefused: not one for each."""
+        neighbours = self.roster.neighbours(client)
+        if self._delivering or client in self._sealed or sealed.keys() != set(neighbours):
+            told = f"shares for {len(sealed)} of its {len(neighbours)} neighbours, again, or too late"
+            raise UpdateRefused(f"{client} sends {told}")
+        self._sealed[client] = dict(sealed)
+
+    def shares_for(self, client: str) -> dict[str, bytes]:
+        """What was sealed for a client, by those who go on: from now on nobody else does."""
+        self._delivering = True
+        return {one: self._sealed[one][client] for one in self.roster.neighbours(client) if one in self._sealed}
+
+    def close(self, sent: Collection[str]) -> tuple[str, ...]:
+        """Who has sent a masked update that is in the sum. Raises TooFew: their masks could not be taken off."""
+        self.survivors = tuple(sorted(one for one in sent if one in self._sealed))
+        self._must_be_enough(self.survivors)
+        return self.survivors
+
+    def take_signature(self, client: str, signature: bytes) -> None:
+        """That a survivor was told who survives. Raises UpdateRefused: it is none, or another's."""
+        if client not in self.survivors or not has_signed_survivors(self.roster, self.survivors, signature, self._key_of(client)):
+            raise UpdateRefused(f"{client} has not signed who has sent a masked update")
+        self._signatures[client] = signature
+
+    def signatures_for(self, client: str) -> dict[str, bytes]:
+        """What a client is shown so that it reveals its shares. Raises TooFew."""
+        self._must_be_enough(self._signatures)
+        return {one: self._signatures[one] for one in self.roster.holders(client) if one in self._signatures}
+
+    def take_revealed(self, client: str, mask_seeds: Mapping[str, int], key_seeds: Mapping[str, int]) -> None:
+        """A survivor's shares of others' secrets. Raises UpdateRefused: of others than are needed, or no such numbers."""
+        held = {one for one in self.roster.holders(client) if one in self._sealed}
+        survived = held.intersection(self.survivors)
+        if client not in self._signatures or set(mask_seeds) != survived or set(key_seeds) != held - survived:
+            raise UpdateRefused(f"{client} reveals shares of others than it was asked for")
+        if not all(0 <= share < PRIME for share in (*mask_seeds.values(), *key_seeds.values())):
+            raise UpdateRefused(f"{client} reveals what are no shares")
+        number = share_number(self.roster, client)
+        for into, shares in ((self._mask_seeds, mask_seeds), (self._key_seeds, key_seeds)):
+            for one, share in shares.items():
+                into.setdefault(one, {})[number] = share
+
+    @property
+    def complete(self) -> bool:
+        """Whether enough has been revealed of everybody."""
+        least = self.roster.shape.threshold
+        return all(len(self._mask_seeds.get(one, ())) >= least for one in self.survivors) and all(
+            len(self._key_seeds.get(one, ())) >= least for one in self._gone()
+        )
+
+    def mask(self) -> Mask:
+        """What must be added to the sum of the survivors' masked updates. Raises TooFew: what was revealed does not give it."""
+        roster = self.roster
+        minus = [keys.self_mask(self._mask_seed(one), roster.session) for one in self.survivors]
+        plus = list[bytes]()
+        for gone, beside in self._gone().items():
+            mask_key = keys.mask_key_of(self._key_seed(gone))
+            for other in beside:
+                key = keys.pair_mask(mask_key, roster.shown(other).mask_key, roster.session)
+                (minus if roster.numbers[other] < roster.numbers[gone] else plus).append(key)  # the lower number has added it
+        return Mask(plus, minus)
+
+    def _mask_seed(self, client: str) -> int:
+        expected = self.roster.shown(client).commitment
+        return self._recovered(client, self._mask_seeds, lambda seed: keys.commitment(seed) == expected)
+
+    def _key_seed(self, client: str) -> int:
+        shown = self.roster.shown(client)
+        return self._recovered(client, self._key_seeds, lambda seed: keys.is_key_seed(seed, shown))
+
+    def _gone(self) -> dict[str, list[str]]:
+        """Who has sent shares and no update, with the survivors in whose updates the mask that they have in common is left."""
+        gone = sorted(self._sealed.keys() - set(self.survivors))
+        beside = {one: [other for other in self.roster.neighbours(one) if other in self.survivors] for one in gone}
+        return {one: others for one, others in beside.items() if others}
+
+    def _recovered(self, client: str, shares: Mapping[str, Mapping[int, int]], right: Callable[[int], bool]) -> int:
+        """A client's secret, although some shares may have been made up."""
+        held, least = shares.get(client, {}), self.roster.shape.threshold
+        for holders in islice(combinations(sorted(held), least), _TRIES):
+            if right(secret := self._recovery(holders).secret(held)):
+                return secret
+        raise TooFew(f"{len(held)} shares of a secret of {client} do not give it back, where {least} that are right would")
+
+    def _recovery(self, holders: tuple[int, ...]) -> Recovery:
+        """Which is the same for many secrets."""
+        if holders not in self._recoveries:
+            self._recoveries[holders] = Recovery(holders)
+        return self._recoveries[holders]
+
+    def _must_be_enough(self, present: Collection[str]) -> None:
+        """Of those who hold shares of each secret that is needed."""
+        least = self.roster.shape.threshold
+        for one in (*self.survivors, *self._gone()):
+            count = sum(holder in present for holder in self.roster.holders(one))
+            if count < least:
+                raise TooFew(f"{count} of the {self.roster.shape.holders} who hold shares of {one} are left; {least} are needed")

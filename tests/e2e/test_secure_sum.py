@@ -1,0 +1,156 @@
+"""The secure sum, both sides of it: whoever goes away at whatever step, it is the survivors' sum, or nothing is revealed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import combinations, combinations_with_replacement, product
+
+import numpy as np
+import pytest
+from choral.errors import ChoralError, UpdateRefused
+from choral.secagg import keys, roster
+from choral.secagg.graph import complete
+from choral_client.masking import Revealed
+from choral_server.unmasking import TooFew
+from e2e.secure_sum import People, SecureSum, Vector, lead, vectors_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+STEPS = (1, 2, 3, 4)  # before which a client may go away: shares, update, signature, revealing
+SENDS = 3
+
+
+def names_of(clients: int) -> list[str]:
+    return [f"client-{number:03}" for number in range(clients)]
+
+
+def total_of(vectors: dict[str, Vector], names: list[str]) -> Vector:
+    return sum((vectors[name] for name in names), np.zeros(5, dtype=np.uint32))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered() -> Iterator[None]:
+    """Clients have the same secrets in every pattern, so that what is a function of them need not be computed anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys, "_agreed", lru_cache(None)(keys._agreed))
+        patch.setattr(keys, "_derived", lru_cache(None)(keys._derived))
+        patch.setattr(roster, "_is_signed", lru_cache(None)(roster._is_signed))
+        yield
+
+
+def patterns(clients: int) -> Iterator[dict[str, int]]:
+    """Who goes away, and when: whoever of at most ⌈n/3⌉-1, each before whatever step; of three, in one order."""
+    names = names_of(clients)
+    for count in range(complete(clients).dropouts + 1):
+        for who in combinations(names, count):
+            steps = product(STEPS, repeat=count) if count < 3 else combinations_with_replacement(STEPS, count)
+            yield from (dict(zip(who, when, strict=True)) for when in steps)
+
+
+@pytest.mark.parametrize("clients", range(3, 11))
+def test_whoever_goes_away_the_rest_is_summed(clients: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = names_of(clients)
+    people, vectors = People.named(names), vectors_of(names)
+    secrets = [keys.fresh() for _ in names]
+    count = 0
+    for leaves in patterns(clients):
+        each = iter(secrets)
+        monkeypatch.setattr(keys, "fresh", lambda each=each: next(each))
+        _, total = lead(people, leaves, vectors)
+        assert np.array_equal(total, total_of(vectors, [name for name in names if leaves.get(name, 5) >= SENDS])), leaves
+        count += 1
+    assert count >= 1 + 4 * clients * (complete(clients).dropouts > 0)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_the_same_with_more_clients(data: st.DataObject) -> None:
+    clients = data.draw(st.integers(11, 30))
+    names = names_of(clients)
+    who = data.draw(st.lists(st.sampled_from(names), unique=True, max_size=complete(clients).dropouts))
+    leaves = {name: data.draw(st.sampled_from(STEPS)) for name in who}
+    vectors = vectors_of(names)
+    _, total = lead(People.named(names), leaves, vectors)
+    assert np.array_equal(total, total_of(vectors, [name for name in names if leaves.get(name, 5) >= SENDS]))
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("clients", [3, 4, 7, 10])
+def test_if_one_more_goes_away_nothing_is_revealed(clients: int, step: int) -> None:
+    names = names_of(clients)
+    leaves = dict.fromkeys(names[: complete(clients).dropouts + 1], step)
+    with pytest.raises(ChoralError, match=r"are needed|that are right would") as failure:
+        lead(People.named(names), leaves, vectors_of(names))
+    assert isinstance(failure.value, TooFew) or step == 1  # then it is the clients who will not send
+
+
+def test_on_a_sparse_graph_the_rest_is_summed_as_well() -> None:
+    names = names_of(120)
+    leaves = {names[3 * number]: 1 + number % 4 for number in range(8)}
+    vectors = vectors_of(names)
+    sum_, total = lead(People.named(names), leaves, vectors)
+    assert not sum_.coordinator.roster.shape.complete
+    assert np.array_equal(total, total_of(vectors, [name for name in names if leaves.get(name, 5) >= SENDS]))
+
+
+def test_what_is_sent_is_not_what_was_meant() -> None:
+    names = names_of(3)
+    vectors = {name: np.zeros(10_000, dtype=np.uint32) for name in names}
+    sum_, total = lead(People.named(names), {}, vectors)
+    assert not total.any()
+    for sent in sum_.sent.values():
+        assert (sent == 0).mean() < 0.01
+        assert len(np.unique(sent)) > 9_900
+
+
+def test_shares_that_are_made_up_are_found_and_left_out() -> None:
+    names = names_of(7)
+    vectors = vectors_of(names)
+    sum_ = SecureSum(People.named(names))
+    sum_.advertise(names)
+    sum_.share(names)
+    sum_.send(names[1:], vectors)
+    sum_.coordinator.close(sum_.sent)
+    sum_.sign(names[1:])
+    sum_.reveal(names[1:2], lambda said: Revealed(dict.fromkeys(said.mask_seeds, 5), dict.fromkeys(said.key_seeds, 5)))
+    sum_.reveal(names[2:])
+    assert np.array_equal(sum_.unmasked(), total_of(vectors, names[1:]))
+
+
+def test_enough_is_enough() -> None:
+    names = names_of(4)
+    vectors = vectors_of(names)
+    sum_ = SecureSum(People.named(names))
+    sum_.advertise(names)
+    sum_.share(names)
+    sum_.send(names, vectors)
+    sum_.coordinator.close(sum_.sent)
+    sum_.sign(names)
+    sum_.reveal(names[:2])
+    assert not sum_.coordinator.complete
+    sum_.reveal(names[2:3])
+    assert sum_.coordinator.complete
+    assert np.array_equal(sum_.unmasked(), total_of(vectors, names))
+
+
+def test_the_coordinator_begins_with_no_fewer_than_it_must() -> None:
+    sum_ = SecureSum(People.named(names_of(4)), least=4)
+    with pytest.raises(TooFew, match="3 clients take part in the secure sum; 4 must"):
+        sum_.advertise(names_of(3))
+
+
+def test_a_client_cannot_say_what_is_not_its_turn_to_say() -> None:
+    names = names_of(4)
+    sum_ = SecureSum(People.named(names))
+    again = sum_.clients[names[0]].advertise()
+    sum_.coordinator.take_advert(again)
+    with pytest.raises(UpdateRefused, match="shows keys for the secure sum again"):
+        sum_.coordinator.take_advert(again)
+    sum_.advertise(names[1:])
+    with pytest.raises(UpdateRefused, match="sends shares for 0 of its 3 neighbours"):
+        sum_.coordinator.take_shares(names[0], {})
+    with pytest.raises(UpdateRefused, match="has not signed who has sent"):
+        sum_.coordinator.take_signature(names[0], bytes(64))
+    with pytest.raises(UpdateRefused, match="reveals shares of others than it was asked for"):
+        sum_.coordinator.take_revealed(names[0], {}, {})
