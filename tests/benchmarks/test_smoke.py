@@ -59,3 +59,11 @@ def test_a_codec_that_the_coordinator_does_not_know_is_refused_in_one_line() -> 
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "compression" in done.stderr
+
+
+def test_secagg() -> None:
+    found = told("secagg.py", "--clients", 7, "--params", PARAMS)["rows"]
+    assert [(row["clients"], row["params"], row["gone"]) for row in found] == [(7, PARAMS, 2)]
+    assert all(found[0][name] > 0 for name in ("keys_s", "mask_s", "unmask_s", "unmask_gone_s"))
+    assert found[0]["upload_to_float32"] == 1
+    assert 1 <= found[0]["memory_in_vectors"] < 100  # of so small a vector the buffers are many times as large
