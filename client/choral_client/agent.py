@@ -221,6 +221,7 @@ class Agent:
     def _look_at_history(self, head: Head | None) -> None:
         if (fault := self._heads.take(head)) is not None:
             self._diary.remember(history=fault)
+            log.warning("the coordinator's history is not what it was", reason=fault)
 
     def _follow_to(self, version: VersionRef) -> None:
         if self._follow:

@@ -32,7 +32,6 @@ class Heads:
     def take(self, head: Head | None) -> str | None:
         """Keep a head that was handed out; why not, if it shows that the history was cut or replaced."""
         if (fault := self._fault(head)) is not None:
-            log.warning("the coordinator's history is not what it was", reason=fault)
             return fault
         if head is not None and (self.newest is None or head.sequence > self.newest.sequence):
             self._keep(head)

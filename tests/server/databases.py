@@ -19,6 +19,7 @@ import pytest
 
 _numbers = count()
 _PATIENCE_S = 120
+_ROOM_BYTES = 4 << 30
 
 
 class Postgres:
@@ -28,8 +29,11 @@ class Postgres:
         self._bin = _binaries()
         if self._bin is None:
             raise FileNotFoundError("PostgreSQL's initdb is neither on PATH nor in /usr/lib/postgresql: apt-get install postgresql")
-        # short, for the path of its socket, and reachable for another user, which pytest's folders are not
-        self._folder = Path(tempfile.mkdtemp(prefix="choral-pg-", dir="/tmp"))
+        # short, for the path of its socket, and reachable for another user, which pytest's folders are not; in memory if there is
+        # room: a database is some hundreds of files, and there are hundreds of databases
+        shared = Path("/dev/shm")
+        place = shared if shared.is_dir() and shutil.disk_usage(shared).free > _ROOM_BYTES else Path("/tmp")
+        self._folder = Path(tempfile.mkdtemp(prefix="choral-pg-", dir=place))
         self._data = self._folder / "data"
         self._port = _free_port()
 
@@ -58,7 +62,8 @@ class Postgres:
 
     def start(self) -> None:
         """Start it; returns once it answers."""
-        options = f"-p {self._port} -k {self._folder} -h 127.0.0.1 -c max_connections=200"
+        # fsync: what crashes here are processes, and not the machine
+        options = f"-p {self._port} -k {self._folder} -h 127.0.0.1 -c max_connections=200 -c fsync=off"
         log = self._folder / "log"
         try:
             self._control("start", "-l", log, "-o", options)
@@ -80,6 +85,10 @@ class Postgres:
         name = f"choral_{os.getpid()}_{next(_numbers)}"
         self._run("createdb", "-h", self._folder, "-p", str(self._port), "-U", "choral", name)
         return f"postgresql://choral@127.0.0.1:{self._port}/{name}"
+
+    def drop(self, url: str) -> None:
+        """Delete a database, with whoever is still connected to it."""
+        self._run("dropdb", "--force", "-h", self._folder, "-p", str(self._port), "-U", "choral", url.rpartition("/")[2])
 
     def _control(self, *arguments: str | Path) -> None:
         self._run("pg_ctl", "-D", self._data, "-w", "-t", str(_PATIENCE_S), *arguments)
@@ -143,9 +152,12 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of a database in which there is nothing yet, one of each kind in turn."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'choral.db'}"
+        yield f"sqlite:///{tmp_path / 'choral.db'}"
+        return
     server: Postgres = request.getfixturevalue("postgres")
-    return server.new_database()
+    url = server.new_database()
+    yield url
+    server.drop(url)
