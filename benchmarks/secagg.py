@@ -51,9 +51,13 @@ class Sum:
         signing = {name: Ed25519PrivateKey.generate() for name in self.names}
         public = {name: key.public_key().public_bytes_raw() for name, key in signing.items()}
         self.coordinator = Unmasking(TERMS, public.__getitem__, clients)
-        self.clients = {name: Masking(TERMS, name, signing[name].sign, public.__getitem__, Floor(clients)) for name in self.names}
+        floor = Floor(2)
+        self.clients = {
+            name: Masking(TERMS, name, signing[name].sign, public.__getitem__, floor, lambda terms: None) for name in self.names
+        }
         for client in self.clients.values():
             self.coordinator.take_advert(client.advertise())
+        self.coordinator.close_adverts()
 
     def masks(self) -> tuple[float, Mask]:
         """Seconds for one client's part until it has its mask, and the mask."""

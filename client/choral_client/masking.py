@@ -8,11 +8,12 @@ Pure: nothing waits here, or talks. Whatever does not fit ends it: from then on 
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from choral.errors import Deceived, InvalidMessage
+import structlog
+from choral.errors import ChoralError, ConfigError, Deceived, InvalidMessage
 from choral.secagg import keys, shamir
 from choral.secagg.keys import Secrets, Shares
 from choral.secagg.masks import Mask
@@ -26,8 +27,11 @@ from choral.secagg.roster import (
     check_advert,
     has_signed_survivors,
     share_number,
+    shared_keys,
     sign_survivors,
 )
+
+log = structlog.get_logger()
 
 
 class Step(enum.Enum):
@@ -44,9 +48,20 @@ class Step(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What this device asks of a cohort, whatever the coordinator says: `least_clients` of them."""
+    """What this device asks, whatever the coordinator says: `least_clients`, two or more, in the sum that is known in the end."""
 
     least_clients: int
+
+    def __post_init__(self) -> None:
+        if self.least_clients < 2:
+            raise ConfigError(
+                f"a device's floor of {self.least_clients} clients: the sum of one is its update, so two at the least"
+            )
+
+    @property
+    def told(self) -> str:
+        """For people."""
+        return f"this device asks for {self.least_clients} in a secure sum at least"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +73,24 @@ class Revealed:
 
 
 class Masking:
-    """One client in one round. `sign` signs for it, `key_of` knows the others' keys; neither rests on the coordinator's word."""
+    """One client in one attempt at a round.
 
-    def __init__(self, terms: Terms, client: str, sign: Sign, key_of: KeyOf, floor: Floor) -> None:
+    `sign` signs for it, `key_of` knows the others' keys; neither rests on the coordinator's word. `spend` keeps, for good, that
+    this client reveals what it holds in a round, and raises Deceived if it has done so before: the sums of two attempts differ by
+    whoever is in one of them alone. Since more than two thirds reveal, one attempt at most is ever known.
+    """
+
+    def __init__(self, terms: Terms, client: str, sign: Sign, key_of: KeyOf, floor: Floor, spend: Callable[[Terms], None]) -> None:
         self._terms = terms
         self._client = client
         self._sign = sign
         self._key_of = key_of
         self._floor = floor
+        self._spend = spend
         self._step = Step.NOTHING
         self._secrets: Secrets | None = None
         self._held: dict[str, Shares] = {}  # of each other's secrets, and of our own
+        self._unread: set[str] = set()  # whose shares are none; their masks are in what we send all the same
         self._survivors: tuple[str, ...] = ()
 
     def advertise(self) -> Advert:
@@ -101,18 +123,11 @@ class Masking:
             if strangers := sealed.keys() - set(neighbours):
                 raise Deceived(f"shares come from {_named(strangers)}, with whom this client shares no masks in this round")
             self._must_be_enough(len(sealed) + 1, "have sent shares")
-            self._held |= {sender: self._unseal(secrets, sender, content) for sender, content in sealed.items()}
-            session, mine = self._roster.session, self._roster.numbers[self._client]
-            pairs = {
-                other: keys.pair_mask(secrets.mask_key, self._roster.shown(other).mask_key, session) for other in sorted(sealed)
-            }
-            return Mask(
-                plus=[
-                    keys.self_mask(secrets.mask_seed, session),
-                    *(key for other, key in pairs.items() if self._roster.numbers[other] > mine),
-                ],
-                minus=[key for other, key in pairs.items() if self._roster.numbers[other] < mine],
-            )
+            for sender, content in sealed.items():
+                self._unseal(secrets, sender, content)
+            mask = self._mask(secrets, sorted(sealed))
+            self._secrets = None  # of no further use
+            return mask
 
     def take_survivors(self, survivors: Collection[str]) -> bytes:
         """This client's signature of who has sent a masked update. Raises Deceived: it cannot be these."""
@@ -121,7 +136,9 @@ class Masking:
                 raise Deceived(f"{_named(strangers)} are said to survive, who are not in the roster")
             if self._client not in survivors:
                 raise Deceived("this client is said to have dropped out: its own mask would be taken off what it has sent")
-            if silent := {one for one in survivors if one in self._neighbours and one not in self._held}:
+            if len(set(survivors)) < self._floor.least_clients:
+                raise Deceived(f"{len(set(survivors))} clients survive; {self._floor.told}")
+            if silent := set(survivors).intersection(self._neighbours) - self._held.keys() - self._unread:
                 raise Deceived(f"{_named(silent)} are said to survive, whose shares never came here")
             self._must_be_enough(len(set(survivors) & set(self._roster.holders(self._client))), "survive")
             self._survivors = tuple(sorted(survivors))
@@ -137,10 +154,11 @@ class Masking:
                     f"only {len(told)} of {len(holders)} who survive were told the same as this client, where "
                     f"{self._roster.shape.threshold} must be: the coordinator tells clients different things"
                 )
-            survived = {one: share for one, share in self._held.items() if one in self._survivors}
-            gone = {one: share for one, share in self._held.items() if one not in self._survivors}
+            self._spend(self._terms)
+            held, self._held = self._held, {}
             return Revealed(
-                {one: share.mask_seed for one, share in survived.items()}, {one: share.key_seed for one, share in gone.items()}
+                {one: share.mask_seed for one, share in held.items() if one in self._survivors},
+                {one: share.key_seed for one, share in held.items() if one not in self._survivors},
             )
 
     def end(self) -> None:
@@ -165,10 +183,22 @@ class Masking:
             if self._step is not after:
                 raise Deceived(f"asked for {what.value} after {self._step.value}: it is said once, and after {after.value}")
             yield
-        except Deceived:
+        except BaseException as error:
             self.end()
+            if isinstance(error, ChoralError) and not isinstance(error, Deceived):
+                raise Deceived(str(error)) from error
             raise
         self._step = what
+
+    def _mask(self, secrets: Secrets, others: Iterable[str]) -> Mask:
+        """What hides this client's update: of two who share a mask the one with the lower number adds it."""
+        roster, mine = self._roster, self._roster.numbers[self._client]
+        plus, minus = [keys.self_mask(secrets.mask_seed, roster.session)], list[bytes]()
+        for other in others:
+            theirs, pair = roster.shown(other).mask_key, roster.pair(self._client, other)
+            key = keys.pair_mask(secrets.mask_key, theirs, roster.session, pair)
+            (plus if mine < roster.numbers[other] else minus).append(key)
+        return Mask(plus, minus)
 
     def _check_roster(self, roster: Roster, secrets: Secrets) -> None:
         names = [one.client for one in roster.adverts]
@@ -179,12 +209,9 @@ class Masking:
         if self._client not in names or roster.shown(self._client) != secrets.shown():
             raise Deceived("the roster does not have this client with the keys that it has shown")
         if len(names) < self._floor.least_clients:
-            raise Deceived(
-                f"{len(names)} clients take part in the secure sum; this device asks for {self._floor.least_clients} at least"
-            )
-        keys_shown = {key for one in roster.adverts for key in (one.shown.mask_key, one.shown.share_key)}
-        if len(keys_shown) != 2 * len(names):
-            raise Deceived("two clients of the roster show the same key, or one shows a key twice")
+            raise Deceived(f"{len(names)} clients take part; {self._floor.told}")
+        if (same := shared_keys(roster.adverts)) is not None:
+            raise Deceived(f"{' and '.join(same)} show the same key")
         for one in roster.adverts:
             check_advert(self._terms, one, self._key_of)
 
@@ -198,17 +225,16 @@ class Masking:
 
     def _seal(self, secrets: Secrets, holder: str, shares: Shares) -> bytes:
         theirs = self._roster.shown(holder).share_key
-        try:
-            return keys.seal(shares, secrets.share_key, theirs, self._roster.session, self._client, holder)
-        except InvalidMessage as error:
-            raise Deceived(str(error)) from error
+        return keys.seal(shares, secrets.share_key, theirs, self._roster.session, self._client, holder)
 
-    def _unseal(self, secrets: Secrets, sender: str, sealed: bytes) -> Shares:
+    def _unseal(self, secrets: Secrets, sender: str, sealed: bytes) -> None:
+        """Hold what a neighbour has sealed. If it is nothing, others may hold enough: it must not stop the round for all."""
         theirs = self._roster.shown(sender).share_key
         try:
-            return keys.unseal(sealed, secrets.share_key, theirs, self._roster.session, sender, self._client)
+            self._held[sender] = keys.unseal(sealed, secrets.share_key, theirs, self._roster.session, sender, self._client)
         except InvalidMessage as error:
-            raise Deceived(str(error)) from error
+            log.warning("no shares", sender=sender, reason=str(error))
+            self._unread.add(sender)
 
 
 def _named(clients: Iterable[str]) -> str:

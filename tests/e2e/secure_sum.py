@@ -33,12 +33,24 @@ class People:
         return self.signing[client].public_key().public_bytes_raw()
 
     def masking(self, client: str, least: int = 2, terms: Terms = TERMS) -> Masking:
-        return Masking(terms, client, self.signing[client].sign, self.key_of, Floor(least))
+        return Masking(terms, client, self.signing[client].sign, self.key_of, Floor(least), Spent())
+
+
+class Spent:
+    """Remembers the rounds in which a client has revealed what it holds."""
+
+    def __init__(self) -> None:
+        self._rounds: set[tuple[str, int]] = set()
+
+    def __call__(self, terms: Terms) -> None:
+        if (terms.run, terms.round) in self._rounds:
+            raise Deceived(f"this client has revealed what it holds of round {terms.round} of run {terms.run} before")
+        self._rounds.add((terms.run, terms.round))
 
 
 @dataclass
 class SecureSum:
-    """Everybody's side, and what each has sent. `meddle` may change a thing by name on its way to or from a client."""
+    """Everybody's side, and what each has sent."""
 
     people: People
     least: int = 2
@@ -53,7 +65,7 @@ class SecureSum:
     def advertise(self, names: Iterable[str]) -> Roster:
         for name in names:
             self.coordinator.take_advert(self.clients[name].advertise())
-        return self.coordinator.roster
+        return self.coordinator.close_adverts()
 
     def share(self, names: Iterable[str]) -> None:
         for name in names:
@@ -97,5 +109,6 @@ def lead(people: People, leaves: Mapping[str, int], vectors: Mapping[str, Vector
     sum_.send(there(2), vectors)
     sum_.coordinator.close(sum_.sent)
     sum_.sign(there(3))
+    sum_.coordinator.close_signatures()
     sum_.reveal(there(4))
     return sum_, sum_.unmasked()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from choral.errors import ConfigError
 
 RINGS = (32, 64)  # bits: what a machine adds in one step, modulo 2^bits
-_MOST_FRACTION_BITS = {32: 24, 64: 46}  # beyond, a float32 has nothing to say
-_LEAST_FRACTION_BITS = 8
+_STEPS_BITS = {32: 24, 64: 48}  # of the clip: a float32 has no more to say, and a float64 holds no more of a sum
+_LEAST_STEPS_BITS = 8
+_SMALLEST_CLIP, _LARGEST_CLIP = 2.0**-30, 2.0**30
 Ring = NDArray[np.unsignedinteger[Any]]
 
 
@@ -36,11 +38,13 @@ class FixedPoint:
 
     @property
     def error(self) -> float:
-        """The most by which a sum of `terms` numbers may be off, each rounded once."""
+        """The most by which a sum of `terms` numbers may be off, each rounded once; and a float64 rounds it once more."""
         return self.terms * 2.0 ** -(self.fraction_bits + 1)
 
     def encode(self, values: NDArray[np.floating[Any]], weight: float = 1.0) -> Ring:
         """rint(weight · value · 2^fraction_bits) of each; weight in (0, 1]. Raises ValueError: one is beyond `clip`, or NaN."""
+        if not 0 < weight <= 1:
+            raise ValueError(f"a weight of {weight:g}: it must be above 0, and 1 at most")
         largest = float(np.abs(values).max(initial=0.0))
         if not largest <= self.clip:  # also of NaN
             raise ValueError(f"{largest:g} is beyond the clip of {self.clip:g}")
@@ -60,25 +64,33 @@ def fixed_point(terms: int, clip: float, ring_bits: int = 32, fraction_bits: int
     """The finest steps for so many terms, or those asked for. Raises ConfigError: the sum could overflow, or would say nothing."""
     if ring_bits not in RINGS:
         raise ConfigError(f"a ring of {ring_bits} bits: it must be one of {', '.join(map(str, RINGS))}")
-    if not (math.isfinite(clip) and clip > 0):
-        raise ConfigError(f"a clip of {clip:g}: it must be above 0")
-    most = _most_bits(terms, clip, ring_bits)
-    if most < _LEAST_FRACTION_BITS:
+    if terms < 1:
+        raise ConfigError(f"a sum of {terms} clients: it must have one at the least")
+    if not _SMALLEST_CLIP <= clip <= _LARGEST_CLIP:
+        raise ConfigError(f"a clip of {clip:g}: it must be {_SMALLEST_CLIP:.0e} to {_LARGEST_CLIP:.0e}")
+    below = 1 - math.frexp(clip)[1]  # the bits behind the point with which the clip is 1 to 2
+    most = min(_most_bits(terms, clip, ring_bits), _STEPS_BITS[ring_bits] + below)
+    least = _LEAST_STEPS_BITS + below
+    if most < least:
         raise ConfigError(
             f"{terms} clients with a clip of {clip:g} leave {most} bits behind the point of a {ring_bits}-bit sum, since "
-            f"{terms} · {clip:g} · 2^bits must stay below 2^{ring_bits - 1}; at least {_LEAST_FRACTION_BITS} are needed: "
+            f"{terms} · {clip:g} · 2^bits must stay below 2^{ring_bits - 1}; at least {least} are needed: "
             f"lower the clip, ask fewer clients, or take 64 bits"
         )
-    bits = min(most, _MOST_FRACTION_BITS[ring_bits]) if fraction_bits is None else fraction_bits
-    if not _LEAST_FRACTION_BITS <= bits <= most:
+    bits = most if fraction_bits is None else fraction_bits
+    if not least <= bits <= most:
         raise ConfigError(
-            f"{bits} bits behind the point: with {terms} clients and a clip of {clip:g} it must be {_LEAST_FRACTION_BITS} to "
-            f"{most}, since {terms} · {clip:g} · 2^bits must stay below 2^{ring_bits - 1}"
+            f"{bits} bits behind the point: with {terms} clients and a clip of {clip:g} it must be {least} to {most}, "
+            f"since {terms} · {clip:g} · 2^bits must stay below 2^{ring_bits - 1}, and more than {_STEPS_BITS[ring_bits]} bits of "
+            f"the clip say nothing"
         )
     return FixedPoint(clip, bits, ring_bits, terms)
 
 
 def _most_bits(terms: int, clip: float, ring_bits: int) -> int:
-    """The most for which `terms` · (clip · 2^bits + ½) stays below half the ring."""
-    each = (2 ** (ring_bits - 1) - 1) / terms - 0.5
-    return math.floor(math.log2(each / clip)) if each > 0 else -1
+    """The most for which `terms` · (clip · 2^bits + ½) stays below half the ring; exactly."""
+    each = (Fraction(2 ** (ring_bits - 1) - 1, terms) - Fraction(1, 2)) / Fraction(clip)
+    bits = ring_bits + 64
+    while bits > -64 and Fraction(2) ** bits > each:
+        bits -= 1
+    return bits

@@ -6,8 +6,9 @@ neighbours needs fewer masks, for assumptions that are weaker and a probability 
 `CORRUPT` obey the coordinator, `DROPOUTS` go away in the middle of the round, and for all clients together
 
     2^-SECURITY_BITS      bounds that some client has so many corrupt holders that the rest, told two different lists of survivors,
-                          would give away both its secrets: 2t - m or more of m holders; and that those who are honest and stay
-                          fall apart into groups, whose sums would be known (of a ring, k/2 in a row are missing)
+                          would give away both its secrets: 2t - m or more of m holders; and that those who are honest can be parted
+                          into groups, whose sums would be known: of a ring, k/2 in a row are corrupt but for the m - t whom
+                          the coordinator may call gone before a neighbour of theirs objects
     2^-CORRECTNESS_BITS   bounds that of some client's holders fewer than t stay, and the round is lost
 
 The graph follows from the roster. A coordinator may try many rosters of its own people: 2^40 of them leave 2^-40.
@@ -67,10 +68,7 @@ def shape_of(clients: int) -> Shape:
     if clients <= COMPLETE_UP_TO:
         return complete(clients)
     for neighbours in range(2, clients - 1, 2):
-        if isolation(clients, neighbours) > 2.0**-SECURITY_BITS:
-            continue
-        shape = _shape(clients, neighbours)
-        if shape is not None:
+        if (shape := _shape(clients, neighbours)) is not None:
             return shape
     return complete(clients)
 
@@ -81,13 +79,14 @@ def _shape(clients: int, neighbours: int) -> Shape | None:
     low, high = holders // 2 + 1, holders
     while low < high:  # the larger the threshold, the safer
         middle = (low + high) // 2
-        if exposure(Shape(clients, neighbours, middle)) <= 2.0**-SECURITY_BITS:
+        of_middle = Shape(clients, neighbours, middle)
+        if max(exposure(of_middle), isolation(of_middle)) <= 2.0**-SECURITY_BITS:
             high = middle
         else:
             low = middle + 1
     shape = Shape(clients, neighbours, low)
-    safe = exposure(shape) <= 2.0**-SECURITY_BITS
-    return shape if safe and failure(shape) <= 2.0**-CORRECTNESS_BITS else None
+    secure = max(exposure(shape), isolation(shape)) <= 2.0**-SECURITY_BITS
+    return shape if secure and failure(shape) <= 2.0**-CORRECTNESS_BITS else None
 
 
 def exposure(shape: Shape) -> float:
@@ -102,13 +101,10 @@ def failure(shape: Shape) -> float:
     return shape.clients * tail(shape.clients - 1, gone, shape.neighbours, shape.dropouts)
 
 
-def isolation(clients: int, neighbours: int) -> float:
-    """Bounds the probability that those who are honest and stay are not connected by what they share."""
-    missing = math.ceil(CORRUPT * clients) + math.ceil(DROPOUTS * clients)
-    half = neighbours // 2
-    if missing < half:
-        return 0.0
-    return clients * math.prod((missing - i) / (clients - i) for i in range(half))
+def isolation(shape: Shape) -> float:
+    """Bounds the probability that those who are honest and stay can be parted into groups that share no masks."""
+    corrupt, half = math.ceil(CORRUPT * shape.clients), shape.neighbours // 2
+    return shape.clients * tail(shape.clients, corrupt, half, half - shape.dropouts)
 
 
 def tail(population: int, marked: int, drawn: int, least: int) -> float:

@@ -28,7 +28,8 @@ from choral.secagg.shamir import NUMBER_BYTES, PRIME
 _DOMAIN = b"choral secagg 1 "
 _SHARE_KEY_BYTES = 32
 _NONCE = bytes(12)  # a share key is for one message
-PUBLIC_BYTES = 32
+PUBLIC_BYTES, SEALED_BYTES = 32, 80
+_CURVE_PRIME = 2**255 - 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,37 @@ def self_mask(mask_seed: int, session: bytes) -> bytes:
     return _derived(_bytes(mask_seed), b"self mask", KEY_BYTES, session)
 
 
-def pair_mask(mine: X25519PrivateKey, theirs: bytes, session: bytes) -> bytes:
-    """The key of the mask that two clients have in common. Raises InvalidMessage: theirs is no key."""
-    return _derived(_agreed(mine, theirs), b"pair mask", KEY_BYTES, session)
+def pair_mask(mine: X25519PrivateKey, theirs: bytes, session: bytes, pair: bytes) -> bytes:
+    """The key of the mask that two clients have in common. Raises InvalidMessage: theirs is no key.
+
+    `pair` says who they are, the same on both sides. Without it, whoever shows a key that is another's but for how it is written,
+    or for a point of low order, would have that one's masks.
+    """
+    return _derived(_agreed(mine, theirs), b"pair mask" + pair, KEY_BYTES, session)
+
+
+def check_shown(client: str, shown: Shown) -> None:
+    """Raises InvalidMessage: these are no keys with which anybody can agree on a secret."""
+    if {len(shown.mask_key), len(shown.share_key), len(shown.commitment)} != {PUBLIC_BYTES}:
+        raise InvalidMessage(f"{client} shows keys of another length: each has {PUBLIC_BYTES} bytes")
+    if _point(shown.mask_key) == _point(shown.share_key):
+        raise InvalidMessage(f"{client} shows one key for two purposes")
+    anybody = X25519PrivateKey.generate()
+    for key in (shown.mask_key, shown.share_key):
+        try:
+            _agreed(anybody, key)
+        except InvalidMessage as error:
+            raise InvalidMessage(f"{client} shows what is no key: {error}") from error
+
+
+def points(shown: Shown) -> frozenset[int]:
+    """What its two keys are, however they are written."""
+    return frozenset((_point(shown.mask_key), _point(shown.share_key)))
+
+
+def _point(key: bytes) -> int:
+    """The coordinate that X25519 takes from a key (RFC 7748, §5): without the highest bit, modulo the prime."""
+    return (int.from_bytes(key, "little") & (2**255 - 1)) % _CURVE_PRIME
 
 
 @dataclass(frozen=True, slots=True)

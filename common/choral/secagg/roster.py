@@ -11,9 +11,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from choral.canonical import canonical
-from choral.errors import Deceived
+from choral.errors import Deceived, InvalidMessage
 from choral.secagg.graph import Shape, neighbours_of, shape_of
-from choral.secagg.keys import Shown
+from choral.secagg.keys import Shown, check_shown, points
 
 Sign = Callable[[bytes], bytes]
 """Makes a client's Ed25519 signature."""
@@ -50,12 +50,26 @@ def advert(terms: Terms, client: str, shown: Shown, sign: Sign) -> Advert:
 
 
 def check_advert(terms: Terms, said: Advert, key_of: KeyOf) -> None:
-    """Raises Deceived: the client has not signed this, or not on these terms."""
+    """Raises Deceived: the client has not signed this, or not on these terms, or what it shows are no keys."""
+    try:
+        check_shown(said.client, said.shown)
+    except InvalidMessage as error:
+        raise Deceived(str(error)) from error
     if not _is_signed(_advertised(terms, said.client, said.shown), said.signature, key_of(said.client)):
         raise Deceived(
             f"{said.client} has not signed the keys that are said to be its own for round {terms.round} of run {terms.run}, or was "
             f"told of another model or another plan"
         )
+
+
+def shared_keys(adverts: Iterable[Advert]) -> tuple[str, str] | None:
+    """Two clients that show the same key, however it is written, if there are two."""
+    owners: dict[int, str] = {}
+    for one in adverts:
+        for point in points(one.shown):
+            if owners.setdefault(point, one.client) != one.client:
+                return owners[point], one.client
+    return None
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,11 @@ class Roster:
     def neighbours(self, client: str) -> tuple[str, ...]:
         """With whom a client shares masks."""
         return tuple(self.adverts[number].client for number in self._neighbours[self.numbers[client]])
+
+    def pair(self, one: str, other: str) -> bytes:
+        """Says which two clients have a mask in common, the same on both sides: in the order of their numbers."""
+        pair = sorted((one, other), key=self.numbers.__getitem__)
+        return canonical({"pair": [_shown(client, self.shown(client)) for client in pair]}).encode()
 
     def holders(self, client: str) -> tuple[str, ...]:
         """Who has shares of a client's secrets: its neighbours, and itself."""

@@ -42,7 +42,9 @@ def test_of_many_clients_each_has_so_many_neighbours_that_the_bounds_hold(client
     lost = clients * _tail(clients - 1, gone, shape.neighbours, shape.dropouts)
     assert exposed <= Fraction(1, 2**graph.SECURITY_BITS)
     assert lost <= Fraction(1, 2**graph.CORRECTNESS_BITS)
-    assert graph.isolation(clients, shape.neighbours) <= 2.0**-graph.SECURITY_BITS
+    half = shape.neighbours // 2
+    parted = clients * _tail(clients, corrupt, half, half - shape.dropouts)
+    assert parted <= Fraction(1, 2**graph.SECURITY_BITS)
 
 
 def _tail(population: int, marked: int, drawn: int, least: int) -> Fraction:
@@ -62,7 +64,7 @@ def test_with_two_neighbours_less_a_bound_would_not_hold(clients: int) -> None:
         assert (
             graph.exposure(sparser) > 2.0**-graph.SECURITY_BITS
             or graph.failure(sparser) > 2.0**-graph.CORRECTNESS_BITS
-            or graph.isolation(clients, sparser.neighbours) > 2.0**-graph.SECURITY_BITS
+            or graph.isolation(sparser) > 2.0**-graph.SECURITY_BITS
         )
 
 

@@ -6,7 +6,7 @@ import secrets
 from itertools import combinations
 
 import pytest
-from choral.secagg.shamir import PRIME, Recovery, split
+from choral.secagg.shamir import PRIME, Recovery, corrected, split
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,3 +78,21 @@ def test_many_secrets_of_the_same_holders() -> None:
     for _ in range(20):
         secret = secrets.randbelow(PRIME)
         assert recovery.secret(split(secret, [1, 2, 3, 4, 5], 3)) == secret
+
+
+@given(st.data())
+def test_wrong_shares_are_found_as_long_as_they_are_half_of_those_to_spare(data: st.DataObject) -> None:
+    threshold = data.draw(st.integers(1, 9))
+    holders = data.draw(st.lists(st.integers(1, 200), unique=True, min_size=threshold, max_size=threshold + 8))
+    liars = data.draw(st.lists(st.sampled_from(holders), unique=True, max_size=(len(holders) - threshold) // 2))
+    secret = data.draw(NUMBERS)
+    shares = split(secret, holders, threshold)
+    told = shares | {liar: (shares[liar] + data.draw(st.integers(1, PRIME - 1))) % PRIME for liar in liars}
+    assert corrected(told, threshold) == (secret, frozenset(liars))
+
+
+def test_too_many_wrong_shares_are_not_taken_for_others() -> None:
+    shares = split(7, range(1, 8), 5)
+    wrong = shares | {one: secrets.randbelow(PRIME) for one in (1, 2)}
+    assert corrected(wrong, 5) is None
+    assert corrected(dict(list(shares.items())[:4]), 5) is None
