@@ -134,3 +134,12 @@ def test_one_key_is_not_for_two_purposes(written: Callable[[bytes], bytes]) -> N
     shown = keys.fresh().shown()
     with pytest.raises(InvalidMessage, match="alice shows one key for two purposes"):
         keys.check_shown("alice", replace(shown, share_key=written(shown.mask_key)))
+
+
+@pytest.mark.parametrize("point", sorted(keys._LOW_ORDER))
+def test_with_a_point_of_low_order_nobody_agrees_on_anything(point: int) -> None:
+    encoded = point.to_bytes(32, "little")
+    with pytest.raises(InvalidMessage, match="is no X25519 key to agree with"):
+        keys.pair_mask(X25519PrivateKey.generate(), encoded, SESSION, PAIR)
+    with pytest.raises(InvalidMessage, match="alice shows what is no key"):
+        keys.check_shown("alice", replace(keys.fresh().shown(), mask_key=encoded))
