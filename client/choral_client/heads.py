@@ -30,7 +30,7 @@ class Heads:
             self.newest, self._lines = head, self._lines + 1
 
     def take(self, head: Head | None) -> str | None:
-        """Keep a head that was handed out; why not, if it shows that the history was cut or replaced."""
+        """Keep a head that was handed out; why not, if it shows that the history was cut or replaced: for the caller to tell."""
         if (fault := self._fault(head)) is not None:
             return fault
         if head is not None and (self.newest is None or head.sequence > self.newest.sequence):

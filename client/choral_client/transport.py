@@ -29,7 +29,7 @@ _OPTIONS = [
 ]
 STALL_S = 30.0
 _MOST_UNSAID = 256  # messages: a coordinator that asks and asks, and does not read the answers, must not fill the memory
-_CAREFUL_BYTES = wire.CHUNK_BYTES // 8  # what a cut costs: gRPC takes one such piece and has the next in hand
+_CAREFUL_BYTES = wire.CHUNK_BYTES // 4  # what a cut costs: gRPC takes one such piece and has the next in hand
 _SERVICE = "/choral.v1.Federation/"
 _GRACE_S = 60.0  # for transfers that are under way when the certificate changes
 _TURN_STALLS = 20  # until the coordinator begins with a transfer, of which it takes so many at a time; keepalive finds out as well

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from choral.errors import CorruptTransfer, Unreachable
 
-_BATCH_BYTES = 1 << 22  # so much may wait while as much is being written
+_BATCH_BYTES = 1 << 21  # so much may wait while as much is being written
 _READ_BYTES = 1 << 20
 _WORTH_A_THREAD_BYTES = 1 << 16
 

@@ -14,10 +14,11 @@ _OTHERS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLO
 
 
 def keep_freed() -> None:
-    """Let the C library (glibc) keep up to 32 MiB of what is freed, for what is needed next; the environment may say otherwise.
+    """Let the C library (glibc) keep 32 MiB of what is freed at the end of each of its heaps, for what is needed next.
 
     Transfers take and free a few MiB at a time. The C library would give each back to the system and ask for it again, and the
-    system zeroes every page of it: that costs more than whatever is done with the bytes.
+    system zeroes every page of it: that costs more than whatever is done with the bytes. If the environment has one of `_OTHERS`,
+    it is left alone.
     """
     if sys.platform != "linux" or any(name in os.environ for name in _OTHERS):
         return

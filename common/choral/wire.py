@@ -41,12 +41,12 @@ from choral.v1 import model_pb2 as mb
 WORDS = 500  # characters
 PROTOCOL_VERSION = 2
 _ABILITIES, _FORMS = 32, 8  # of a client, and of a version, that are looked at
-CHUNK_BYTES = 1 << 21
+CHUNK_BYTES = 1 << 20
 SMALL_BYTES = 1 << 16  # what is no longer than this travels whole, with the message that tells of it
 DIGEST_BYTES = 32
 HEARTBEAT_S = 0.1, 3600.0  # what a coordinator may ask for, and its configuration allows
 LONGEST_ABSENCE_S = 86_400.0
-MESSAGE_BYTES = 2 * CHUNK_BYTES  # the longest message either side accepts: a chunk, or the manifest of a very deep model
+MESSAGE_BYTES = 4 * CHUNK_BYTES  # the longest message either side accepts: a chunk, or the manifest of a very deep model
 
 _DOWNLOAD_CHUNK, _UPLOAD_CHUNK = 1, 2  # the fields of DownloadResponse and UploadRequest
 

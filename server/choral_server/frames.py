@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from choral import wire
 
-_KEPT_BYTES = 16 << 20
+_KEPT_BYTES = 32 << 20
 
 
 class Frames:

@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
-_MOST_BYTES = 16 << 20  # what the fastest transfer has in memory: a few chunks here, a few in gRPC, and those being written
+_MOST_BYTES = 4 << 20  # what the fastest transfer has in memory: a few chunks here, a few in gRPC
 _LEAST_BYTES = 1 << 18
-_SPAN_S = 0.25
+_SPAN_S = 1.0
 
 
 class Transfer:
@@ -47,8 +47,7 @@ class Transfer:
 class Transfers:
     """Admits transfers in the order in which they come, as long as they together need no more than `budget_bytes` of memory.
 
-    A transfer counts with what it moved in the last quarter of a second, at most 16 MiB: a few that are as fast as we are, which
-    together get no less across than all at once would, or many slow ones.
+    A transfer counts with what it moved in the last second, at most 4 MiB: a few that are as fast as we are, or many slow ones.
     """
 
     def __init__(self, budget_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:

@@ -23,17 +23,21 @@ _ROOM_BYTES = 4 << 30
 
 
 class Postgres:
-    """A PostgreSQL server in a temporary folder, on a port of its own: started on entering, ended and deleted on leaving."""
+    """A PostgreSQL server in a temporary folder, on a port of its own: started on entering, ended and deleted on leaving.
 
-    def __init__(self) -> None:
+    If it need not be `durable`, it is in memory where there is room, since a database is some hundreds of files and there are hundreds
+    of databases, and does not sync: what crashes in tests are processes, and not the machine.
+    """
+
+    def __init__(self, durable: bool = True) -> None:
         self._bin = _binaries()
         if self._bin is None:
             raise FileNotFoundError("PostgreSQL's initdb is neither on PATH nor in /usr/lib/postgresql: apt-get install postgresql")
-        # short, for the path of its socket, and reachable for another user, which pytest's folders are not; in memory if there is
-        # room: a database is some hundreds of files, and there are hundreds of databases
+        # short, for the path of its socket, and reachable for another user, which pytest's folders are not
         shared = Path("/dev/shm")
-        place = shared if shared.is_dir() and shutil.disk_usage(shared).free > _ROOM_BYTES else Path("/tmp")
-        self._folder = Path(tempfile.mkdtemp(prefix="choral-pg-", dir=place))
+        in_memory = not durable and shared.is_dir() and shutil.disk_usage(shared).free > _ROOM_BYTES
+        self._folder = Path(tempfile.mkdtemp(prefix="choral-pg-", dir=shared if in_memory else "/tmp"))
+        self._durable = durable
         self._data = self._folder / "data"
         self._port = _free_port()
 
@@ -62,8 +66,8 @@ class Postgres:
 
     def start(self) -> None:
         """Start it; returns once it answers."""
-        # fsync: what crashes here are processes, and not the machine
-        options = f"-p {self._port} -k {self._folder} -h 127.0.0.1 -c max_connections=200 -c fsync=off"
+        sync = "on" if self._durable else "off"
+        options = f"-p {self._port} -k {self._folder} -h 127.0.0.1 -c max_connections=200 -c fsync={sync}"
         log = self._folder / "log"
         try:
             self._control("start", "-l", log, "-o", options)
@@ -147,7 +151,7 @@ def postgres() -> Iterator[Postgres]:
     """A running server, for the whole session; who stops it starts it again."""
     if _binaries() is None and os.environ.get("CHORAL_REQUIRE_ALL") != "1":
         pytest.skip("PostgreSQL is not installed: no initdb on PATH or in /usr/lib/postgresql")
-    with Postgres() as server:
+    with Postgres(durable=False) as server:
         yield server
 
 

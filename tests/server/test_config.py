@@ -147,7 +147,7 @@ def test_the_default_database_is_named_by_an_absolute_path(tmp_path: Path, monke
             "a round waits for 2 clients (run.quorum, run.start_with), and only 1 may attend at once: raise limits.sessions",
         ),
         ({"limits.calls": 1}, "limits.calls: 1 is not allowed: greater than or equal to 2"),
-        ({"limits.chunk_bytes": 2**21 + 1}, "limits.chunk_bytes: 2097153 is not allowed"),
+        ({"limits.chunk_bytes": 2**20 + 1}, "limits.chunk_bytes: 1048577 is not allowed"),
         ({"plaintext": False}, "tls is missing"),
         ({"tls": TLS}, "plaintext: true contradicts tls: remove one of them"),
         ({"listen": "0.0.0.0:8470"}, "plaintext: true is allowed on loopback only, not on 0.0.0.0: give tls"),

@@ -26,7 +26,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def transfers(clock: Clock) -> Transfers:
-    return Transfers(32 * MIB, clock)
+    return Transfers(8 * MIB, clock)
 
 
 async def passes(times: int = 3) -> None:
@@ -79,7 +79,7 @@ async def test_large_transfers_wait_for_room_in_the_order_in_which_they_came(tra
     moving = [asyncio.create_task(move(name, begun[n], end[n])) for n, name in enumerate("abcd")]
     await begun[1].wait()
     await passes()
-    assert order == ["a", "b"]  # 16 MiB each
+    assert order == ["a", "b"]  # 4 MiB each
     assert transfers.advancing(1) == {"c", "d"}  # which wait for us, not we for them
     end[1].set()
     await begun[2].wait()
@@ -94,13 +94,13 @@ async def test_large_transfers_wait_for_room_in_the_order_in_which_they_came(tra
 
 async def test_small_transfers_count_with_their_size(transfers: Transfers) -> None:
     async with AsyncExitStack() as stack:
-        for number in range(32):
+        for number in range(8):
             async with asyncio.timeout(60):
                 await stack.enter_async_context(transfers.turn(f"client-{number}", MIB))
-        another = asyncio.create_task(stack.enter_async_context(transfers.turn("another", 1)))
+        ninth = asyncio.create_task(stack.enter_async_context(transfers.turn("ninth", 1)))
         await passes()
-        assert not another.done()
-        another.cancel()
+        assert not ninth.done()
+        ninth.cancel()
 
 
 async def test_slow_transfers_make_room_for_others(clock: Clock, transfers: Transfers) -> None:

@@ -220,7 +220,7 @@ class Chunk(google.protobuf.message.Message):
     offset: builtins.int
     """Where the piece begins in the whole. Unit: bytes."""
     data: builtins.bytes
-    """The piece. At most 2 MiB."""
+    """The piece. At most 1 MiB."""
     crc32: builtins.int
     """CRC-32C (Castagnoli, as in RFC 3720) of `data`."""
     def __init__(
