@@ -31,13 +31,12 @@ def server(
     from choral_server.config import load
 
     settings = load(config)
-    from choral import logs, memory
+    from choral import logs
     from choral_server.app import serve
 
     from choral_deploy.ending import leave
 
     logs.configure(log_format, log_level)
-    memory.keep_freed()
     leave(asyncio.run(serve(settings, process=process)))
 
 

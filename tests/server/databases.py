@@ -25,8 +25,8 @@ _ROOM_BYTES = 4 << 30
 class Postgres:
     """A PostgreSQL server in a temporary folder, on a port of its own: started on entering, ended and deleted on leaving.
 
-    If it need not be `durable`, it is in memory where there is room, since a database is some hundreds of files and there are hundreds
-    of databases, and does not sync: what crashes in tests are processes, and not the machine.
+    If it need not be `durable`, it is in memory where there is room, since a database is some hundreds of files and there are
+    hundreds of databases, and does not sync: what crashes in tests are processes, and not the machine.
     """
 
     def __init__(self, durable: bool = True) -> None:
