@@ -96,8 +96,8 @@ class Limits(Settings):
     """calls that one client may have open at once"""
     calls_per_s: Annotated[float, Field(gt=0, le=100_000)] = 500.0
     """calls that one client may begin in a second, on the average; ten seconds' worth may come at once"""
-    transfer_bytes: Annotated[int, Field(ge=262_144, le=2**40)] = 67_108_864
-    """bytes of transfers under way: each counts with what it moved in the last second, at most 4 MiB; others wait for their turn"""
+    transfer_bytes: Annotated[int, Field(ge=1_048_576, le=2**40)] = 33_554_432
+    """bytes of transfers under way, each with what it moved in the last 0.25 s, at most 8 MiB; the others wait for their turn"""
     idle_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """seconds for which a connection may be open without a call on it"""
     first_message_s: Annotated[float, Field(gt=0, le=3600)] = 10.0

@@ -9,21 +9,21 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
-_MOST_BYTES = 4 << 20  # what the fastest transfer has in memory: a few chunks here, a few in gRPC
+_MOST_BYTES = 8 << 20  # what the fastest transfer may have in memory: some chunks here, some in gRPC, some being written
 _LEAST_BYTES = 1 << 18
-_SPAN_S = 1.0
+_SPAN_S = 0.25
 
 
 class Transfer:
-    """One upload or download of `size_bytes`; `moved_at` is by `clock`, in seconds."""
+    """One upload or download, of which at most `most_bytes` are in memory; `moved_at` is by `clock`, in seconds."""
 
-    def __init__(self, client: str, size_bytes: int, clock: Callable[[], float]) -> None:
+    def __init__(self, client: str, most_bytes: int, clock: Callable[[], float]) -> None:
         self.client = client
         self.moved_at = -math.inf
-        self._most_bytes = min(size_bytes, _MOST_BYTES)
+        self._most_bytes = most_bytes
         self._clock = clock
         self._span_at = clock()
-        self._before = _MOST_BYTES  # bytes in the span of time before this one: it begins as one of the fastest
+        self._before = most_bytes  # bytes in the span of time before this one: it begins as one of the fastest
         self._lately = 0
 
     def moved(self, count: int) -> None:
@@ -40,18 +40,20 @@ class Transfer:
     def _turn_span(self) -> None:
         passed_s = self._clock() - self._span_at
         if passed_s >= _SPAN_S:
-            self._before = self._lately if passed_s < 2 * _SPAN_S else 0
+            self._before = self._lately  # however long ago: if nothing was looked at meanwhile, it may be we who stood still
             self._lately, self._span_at = 0, self._clock()
 
 
 class Transfers:
     """Admits transfers in the order in which they come, as long as they together need no more than `budget_bytes` of memory.
 
-    A transfer counts with what it moved in the last second, at most 4 MiB: a few that are as fast as we are, or many slow ones.
+    A transfer counts with what it moved in the last quarter of a second, at most 8 MiB or a quarter of the budget: four that are as
+    fast as we are, which get no less across than more would, or many slow ones.
     """
 
     def __init__(self, budget_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._budget_bytes = budget_bytes
+        self._most_bytes = max(_LEAST_BYTES, min(_MOST_BYTES, budget_bytes // 4))
         self._clock = clock
         self._open: set[Transfer] = set()
         self._waiting: deque[tuple[str, asyncio.Event]] = deque()
@@ -68,7 +70,7 @@ class Transfers:
 
     def begin(self, client: str, size_bytes: int) -> Transfer:
         """A transfer is under way, whether there is room or not."""
-        transfer = Transfer(client, size_bytes, self._clock)
+        transfer = Transfer(client, min(size_bytes, self._most_bytes), self._clock)
         self._open.add(transfer)
         return transfer
 
@@ -90,8 +92,9 @@ class Transfers:
         try:
             while self._waiting[0] is not me or not self._has_room(size_bytes):
                 me[1].clear()
+                first = self._waiting[0] is me  # who is not is called when it is
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(_SPAN_S):
+                    async with asyncio.timeout(_SPAN_S if first else None):
                         await me[1].wait()
         finally:
             self._waiting.remove(me)
@@ -99,7 +102,7 @@ class Transfers:
 
     def _has_room(self, size_bytes: int) -> bool:
         reserved = sum(transfer.reserved() for transfer in self._open)
-        return not self._open or reserved + min(size_bytes, _MOST_BYTES) <= self._budget_bytes
+        return not self._open or reserved + min(size_bytes, self._most_bytes) <= self._budget_bytes
 
     def _call_next(self) -> None:
         if self._waiting:

@@ -26,7 +26,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def transfers(clock: Clock) -> Transfers:
-    return Transfers(8 * MIB, clock)
+    return Transfers(16 * MIB, clock)  # 4 MiB each at the most
 
 
 async def passes(times: int = 3) -> None:
@@ -68,6 +68,8 @@ def test_what_has_ended_does_not_advance(transfers: Transfers) -> None:
 
 async def test_large_transfers_wait_for_room_in_the_order_in_which_they_came(transfers: Transfers) -> None:
     order: list[str] = []
+    for number in range(2):
+        transfers.begin(f"earlier-{number}", 100 * MIB)
 
     async def move(name: str, begun: asyncio.Event, end: asyncio.Event) -> None:
         async with transfers.turn(name, 100 * MIB):
@@ -94,27 +96,27 @@ async def test_large_transfers_wait_for_room_in_the_order_in_which_they_came(tra
 
 async def test_small_transfers_count_with_their_size(transfers: Transfers) -> None:
     async with AsyncExitStack() as stack:
-        for number in range(8):
+        for number in range(16):
             async with asyncio.timeout(60):
                 await stack.enter_async_context(transfers.turn(f"client-{number}", MIB))
-        ninth = asyncio.create_task(stack.enter_async_context(transfers.turn("ninth", 1)))
+        another = asyncio.create_task(stack.enter_async_context(transfers.turn("another", 1)))
         await passes()
-        assert not ninth.done()
-        ninth.cancel()
+        assert not another.done()
+        another.cancel()
 
 
 async def test_slow_transfers_make_room_for_others(clock: Clock, transfers: Transfers) -> None:
-    slow = [transfers.begin(f"slow-{number}", 100 * MIB) for number in range(2)]
-    third = asyncio.create_task(transfers.turn("third", 100 * MIB).__aenter__())
+    slow = [transfers.begin(f"slow-{number}", 100 * MIB) for number in range(4)]
+    another = asyncio.create_task(transfers.turn("another", 100 * MIB).__aenter__())
     await passes()
-    assert not third.done()
+    assert not another.done()
     for _ in range(3):  # 100 kB each in a second
         clock.now += 1
         for one in slow:
             one.moved(100_000)
     transfers.end(transfers.begin("somebody", 1))  # any end makes those who wait look again
     async with asyncio.timeout(60):
-        await third
+        await another
 
 
 async def test_one_larger_than_the_budget_is_admitted_alone(clock: Clock) -> None:
@@ -125,3 +127,23 @@ async def test_one_larger_than_the_budget_is_admitted_alone(clock: Clock) -> Non
         assert not second.done()
     async with asyncio.timeout(60):
         await second
+
+
+async def test_several_are_under_way_however_small_the_budget(clock: Clock) -> None:
+    transfers = Transfers(MIB, clock)
+    async with AsyncExitStack() as stack:
+        for number in range(4):
+            async with asyncio.timeout(60):
+                await stack.enter_async_context(transfers.turn(f"client-{number}", 100 * MIB))
+
+
+async def test_while_nobody_looks_all_that_moved_is_remembered(clock: Clock, transfers: Transfers) -> None:
+    """If the event loop stood still for a second, nothing has moved, and nobody is slow for that."""
+    fast = [transfers.begin(f"fast-{number}", 100 * MIB) for number in range(4)]
+    for one in fast:
+        one.moved(4 * MIB)
+    clock.now = 1
+    waits = asyncio.create_task(transfers.turn("another", 100 * MIB).__aenter__())
+    await passes()
+    assert not waits.done()
+    waits.cancel()
