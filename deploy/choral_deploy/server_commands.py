@@ -25,6 +25,9 @@ def server(
     """Run a coordinator until it is told to end (SIGTERM lets the round under way finish)."""
     if context.invoked_subcommand is not None:
         return
+    from choral import memory
+
+    memory.few_heaps()
     from choral_server.task_process import TaskProcess
 
     process = TaskProcess()  # first: it imports torch while this one imports all the rest
