@@ -27,7 +27,7 @@ def keep_freed() -> None:
 
 
 def few_heaps() -> None:
-    """Let all threads share two heaps, or each would keep what many transfers have left in its own; call it before there are any."""
+    """Let all threads share two heaps, or each would keep in its own what many transfers have left; to be called before all."""
     _set({_ARENA_MAX: _HEAPS})
 
 
