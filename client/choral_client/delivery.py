@@ -125,10 +125,12 @@ class Deliveries:
             log.exception("sending failed", round=parcel.round)
             await self._report(Status(header.assignment, Phase.DECLINED, f"{type(error).__name__}: {error}"))
         else:
-            told = log.info if receipt.verdict in (Verdict.ACCEPTED, Verdict.DUPLICATE) else log.warning
             await asyncio.to_thread(self._on_receipt, header.assignment, receipt.verdict)
+            self._outbox.remove(header.assignment)
+            told = log.info if receipt.verdict in (Verdict.ACCEPTED, Verdict.DUPLICATE) else log.warning
             measured = {metric.name: round(metric.value, 4) for metric in (*header.work, *header.held_out)}
             told("sent", round=parcel.round, verdict=receipt.verdict.value, reason=receipt.reason, **measured)
+            return True
         self._outbox.remove(header.assignment)
         return True
 
