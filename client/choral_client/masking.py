@@ -77,7 +77,8 @@ class Masking:
 
     `sign` signs for it, `key_of` knows the others' keys; neither rests on the coordinator's word. `spend` keeps, for good, that
     this client reveals what it holds in a round, and raises Deceived if it has done so before: the sums of two attempts differ by
-    whoever is in one of them alone. Since more than two thirds reveal, one attempt at most is ever known.
+    whoever is in one of them alone. Where everybody is everybody's neighbour more than two thirds must reveal, so that one attempt
+    at most is ever known; of a sparse graph that is not shown yet.
     """
 
     def __init__(self, terms: Terms, client: str, sign: Sign, key_of: KeyOf, floor: Floor, spend: Callable[[Terms], None]) -> None:

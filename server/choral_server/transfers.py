@@ -48,7 +48,7 @@ class Transfers:
     """Admits transfers in the order in which they come, as long as they together need no more than `budget_bytes` of memory.
 
     A transfer counts with what it moved in the last quarter of a second, at most 8 MiB or a quarter of the budget: four that are as
-    fast as we are, which get no less across than more would, or many slow ones.
+    fast as we are, or many slow ones.
     """
 
     def __init__(self, budget_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Set
 
 import structlog
-from choral.errors import ConfigError, Deceived, UpdateRefused
+from choral.errors import ChoralError, Deceived, UpdateRefused
 from choral.secagg import keys
 from choral.secagg.keys import SEALED_BYTES, points
 from choral.secagg.masks import Mask
@@ -29,12 +29,12 @@ from choral.secagg.shamir import PRIME, Recovery, corrected
 log = structlog.get_logger()
 
 
-class TooFew(ConfigError):
-    """So many have gone that the sum cannot be unmasked; nothing was revealed."""
+class TooFew(ChoralError):
+    """So many have gone, or so much of what was revealed is wrong, that the sum cannot be unmasked."""
 
 
 class Unmasking:
-    """One round. `key_of` knows the clients' signing keys; `least_clients` must take part."""
+    """One attempt at a round. `key_of` knows the clients' signing keys; `least_clients` must take part."""
 
     def __init__(self, terms: Terms, key_of: KeyOf, least_clients: int) -> None:
         self._terms = terms
