@@ -30,7 +30,7 @@ import numpy as np
 from choral.errors import ChoralError
 from choral.secagg.fixed_point import FixedPoint, Ring, fixed_point
 from choral.secagg.masks import Mask
-from choral.secagg.roster import Terms
+from choral.secagg.roster import Signer, Terms
 from choral_client.masking import Floor, Masking
 from choral_server.unmasking import Unmasking
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -49,11 +49,10 @@ class Sum:
     def __init__(self, clients: int) -> None:
         self.names = [f"client-{number:05}" for number in range(clients)]
         signing = {name: Ed25519PrivateKey.generate() for name in self.names}
-        public = {name: key.public_key().public_bytes_raw() for name, key in signing.items()}
-        self.coordinator = Unmasking(TERMS, public.__getitem__, clients)
-        floor = Floor(2)
+        signers = {name: Signer(key.sign, key.public_key().public_bytes_raw()) for name, key in signing.items()}
+        self.coordinator = Unmasking(TERMS, lambda said: None, clients)
         self.clients = {
-            name: Masking(TERMS, name, signing[name].sign, public.__getitem__, floor, lambda terms: None) for name in self.names
+            name: Masking(TERMS, name, signers[name], lambda said: None, Floor(2), lambda terms: None) for name in self.names
         }
         for client in self.clients.values():
             self.coordinator.take_advert(client.advertise())

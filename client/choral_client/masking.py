@@ -19,10 +19,10 @@ from choral.secagg.keys import Secrets, Shares
 from choral.secagg.masks import Mask
 from choral.secagg.roster import (
     Advert,
-    KeyOf,
     Roster,
-    Sign,
+    Signer,
     Terms,
+    Vouch,
     advert,
     check_advert,
     has_signed_survivors,
@@ -75,17 +75,19 @@ class Revealed:
 class Masking:
     """One client in one attempt at a round.
 
-    `sign` signs for it, `key_of` knows the others' keys; neither rests on the coordinator's word. `spend` keeps, for good, that
+    `signer` signs for it, `vouch` knows the others' keys; neither rests on the coordinator's word. `spend` keeps, for good, that
     this client reveals what it holds in a round, and raises Deceived if it has done so before: the sums of two attempts differ by
     whoever is in one of them alone. Where everybody is everybody's neighbour more than two thirds must reveal, so that one attempt
     at most is ever known; of a sparse graph that is not shown yet.
     """
 
-    def __init__(self, terms: Terms, client: str, sign: Sign, key_of: KeyOf, floor: Floor, spend: Callable[[Terms], None]) -> None:
+    def __init__(
+        self, terms: Terms, client: str, signer: Signer, vouch: Vouch, floor: Floor, spend: Callable[[Terms], None]
+    ) -> None:
         self._terms = terms
         self._client = client
-        self._sign = sign
-        self._key_of = key_of
+        self._signer = signer
+        self._vouch = vouch
         self._floor = floor
         self._spend = spend
         self._step = Step.NOTHING
@@ -98,7 +100,7 @@ class Masking:
         """This client's keys of this round."""
         with self._saying(Step.ADVERT, after=Step.NOTHING):
             self._secrets = keys.fresh()
-            return advert(self._terms, self._client, self._secrets.shown(), self._sign)
+            return advert(self._terms, self._client, self._secrets.shown(), self._signer)
 
     def take_roster(self, roster: Roster) -> dict[str, bytes]:
         """Look at who takes part; shares of this client's secrets for each neighbour, sealed. Raises Deceived."""
@@ -143,7 +145,7 @@ class Masking:
                 raise Deceived(f"{_named(silent)} are said to survive, whose shares never came here")
             self._must_be_enough(len(set(survivors) & set(self._roster.holders(self._client))), "survive")
             self._survivors = tuple(sorted(survivors))
-            return sign_survivors(self._roster, self._survivors, self._sign)
+            return sign_survivors(self._roster, self._survivors, self._signer.sign)
 
     def reveal(self, signatures: Mapping[str, bytes]) -> Revealed:
         """The shares that undo what is left of the masks, once and never again. Raises Deceived: too few were told the same."""
@@ -214,7 +216,7 @@ class Masking:
         if (same := shared_keys(roster.adverts)) is not None:
             raise Deceived(f"{' and '.join(same)} show the same key")
         for one in roster.adverts:
-            check_advert(self._terms, one, self._key_of)
+            check_advert(self._terms, one, self._vouch)
 
     def _must_be_enough(self, count: int, what: str) -> None:
         least = self._roster.shape.threshold
@@ -222,7 +224,7 @@ class Masking:
             raise Deceived(f"{count} of this client's {self._roster.shape.holders} holders {what}; {least} are needed")
 
     def _was_told(self, client: str, signature: bytes) -> bool:
-        return has_signed_survivors(self._roster, self._survivors, signature, self._key_of(client))
+        return has_signed_survivors(self._roster, self._survivors, client, signature)
 
     def _seal(self, secrets: Secrets, holder: str, shares: Shares) -> bytes:
         theirs = self._roster.shown(holder).share_key

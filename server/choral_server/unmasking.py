@@ -17,9 +17,9 @@ from choral.secagg.keys import SEALED_BYTES, points
 from choral.secagg.masks import Mask
 from choral.secagg.roster import (
     Advert,
-    KeyOf,
     Roster,
     Terms,
+    Vouch,
     check_advert,
     has_signed_survivors,
     share_number,
@@ -34,11 +34,11 @@ class TooFew(ChoralError):
 
 
 class Unmasking:
-    """One attempt at a round. `key_of` knows the clients' signing keys; `least_clients` must take part."""
+    """One attempt at a round. `vouch` knows the clients' signing keys; `least_clients` must take part."""
 
-    def __init__(self, terms: Terms, key_of: KeyOf, least_clients: int) -> None:
+    def __init__(self, terms: Terms, vouch: Vouch, least_clients: int) -> None:
         self._terms = terms
-        self._key_of = key_of
+        self._vouch = vouch
         self._least = least_clients
         self._adverts: dict[str, Advert] = {}
         self._points: set[int] = set()  # all keys that were shown
@@ -57,7 +57,7 @@ class Unmasking:
         if self._roster is not None or said.client in self._adverts:
             raise UpdateRefused(f"{said.client} shows keys for the secure sum again, or too late: once a round, before the roster")
         try:
-            check_advert(self._terms, said, self._key_of)
+            check_advert(self._terms, said, self._vouch)
         except Deceived as error:
             raise UpdateRefused(str(error)) from error
         if not self._points.isdisjoint(points(said.shown)):
@@ -104,7 +104,7 @@ class Unmasking:
 
     def take_signature(self, client: str, signature: bytes) -> None:
         """That a survivor was told who survives. Raises UpdateRefused: it is none, or another's."""
-        if client not in self.survivors or not has_signed_survivors(self.roster, self.survivors, signature, self._key_of(client)):
+        if client not in self.survivors or not has_signed_survivors(self.roster, self.survivors, client, signature):
             raise UpdateRefused(f"{client} has not signed who has sent a masked update")
         self._signatures[client] = signature
 

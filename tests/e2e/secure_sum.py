@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from choral.errors import Deceived
-from choral.secagg.roster import Roster, Terms
+from choral.secagg.roster import Advert, Roster, Signer, Terms
 from choral_client.masking import Floor, Masking, Revealed
 from choral_server.unmasking import Unmasking
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -28,12 +28,17 @@ class People:
         return cls({name: Ed25519PrivateKey.generate() for name in names})
 
     def key_of(self, client: str) -> bytes:
-        if client not in self.signing:
-            raise Deceived(f"{client} is not known here")
         return self.signing[client].public_key().public_bytes_raw()
 
+    def signer(self, client: str) -> Signer:
+        return Signer(self.signing[client].sign, self.key_of(client))
+
+    def vouch(self, said: Advert) -> None:
+        if said.client not in self.signing or said.key != self.key_of(said.client):
+            raise Deceived(f"{said.client} is not known here, or not by this key")
+
     def masking(self, client: str, least: int = 2, terms: Terms = TERMS) -> Masking:
-        return Masking(terms, client, self.signing[client].sign, self.key_of, Floor(least), Spent())
+        return Masking(terms, client, self.signer(client), self.vouch, Floor(least), Spent())
 
 
 class Spent:
@@ -59,7 +64,7 @@ class SecureSum:
     sent: dict[str, Vector] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.coordinator = Unmasking(TERMS, self.people.key_of, self.least)
+        self.coordinator = Unmasking(TERMS, self.people.vouch, self.least)
         self.clients = {name: self.people.masking(name) for name in self.people.signing}
 
     def advertise(self, names: Iterable[str]) -> Roster:

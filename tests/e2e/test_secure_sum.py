@@ -240,15 +240,15 @@ def test_a_client_reveals_what_it_was_asked_for_once_and_nothing_that_is_no_shar
 def test_a_member_that_shows_what_is_no_key_is_refused_and_stops_nobody(rig: SecureSum, which: str) -> None:
     names, people = names_of(4), rig.people
     for key, told in ((bytes(32), "shows what is no key"), (b"", "of another length")):
-        said = advert(TERMS, names[0], replace(keys.fresh().shown(), **{which: key}), people.signing[names[0]].sign)
+        said = advert(TERMS, names[0], replace(keys.fresh().shown(), **{which: key}), people.signer(names[0]))
         with pytest.raises(UpdateRefused, match=told):
             rig.coordinator.take_advert(said)
     copied = rig.clients[names[1]].advertise()
     rig.coordinator.take_advert(copied)
     with pytest.raises(UpdateRefused, match="client-000 shows a key that another client has shown"):
-        rig.coordinator.take_advert(advert(TERMS, names[0], copied.shown, people.signing[names[0]].sign))
+        rig.coordinator.take_advert(advert(TERMS, names[0], copied.shown, people.signer(names[0])))
     with pytest.raises(UpdateRefused, match="client-000 has not signed the keys"):
-        rig.coordinator.take_advert(replace(copied, client=names[0], shown=keys.fresh().shown()))
+        rig.coordinator.take_advert(replace(copied, client=names[0], key=people.key_of(names[0]), shown=keys.fresh().shown()))
 
 
 @pytest.fixture

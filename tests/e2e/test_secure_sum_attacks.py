@@ -83,7 +83,7 @@ def with_other_keys_of_ours(roster: Roster) -> Roster:
 
 def of_a_stranger(roster: Roster) -> Roster:
     stranger = People.named(["stranger"])
-    return Roster.of(TERMS, [*roster.adverts, advert(TERMS, "stranger", keys.fresh().shown(), stranger.signing["stranger"].sign)])
+    return Roster.of(TERMS, [*roster.adverts, advert(TERMS, "stranger", keys.fresh().shown(), stranger.signer("stranger"))])
 
 
 def of_another_round(roster: Roster) -> Roster:
@@ -146,7 +146,7 @@ def test_two_clients_with_the_same_keys(people: People) -> None:
     """As a corrupt client would show that repeats another's, to learn in which masks the two agree."""
     rig = SecureSum(people)
     roster = rig.advertise(NAMES)
-    copied = advert(TERMS, NAMES[2], roster.adverts[1].shown, people.signing[NAMES[2]].sign)
+    copied = advert(TERMS, NAMES[2], roster.adverts[1].shown, people.signer(NAMES[2]))
     with pytest.raises(Deceived, match="client-1 and client-2 show the same key"):
         rig.clients[VICTIM].take_roster(Roster.of(TERMS, [*roster.adverts[:2], copied, *roster.adverts[3:]]))
 
@@ -235,7 +235,7 @@ def test_a_corrupt_client_that_shows_an_honest_ones_key_does_not_have_its_masks(
     honest, corrupt = NAMES[2], NAMES[1]
     real = {name: rig.clients[name].advertise() for name in NAMES if name != corrupt}
     shown = replace(keys.fresh().shown(), mask_key=alias(real[honest].shown.mask_key))
-    roster = Roster.of(TERMS, [*real.values(), advert(TERMS, corrupt, shown, people.signing[corrupt].sign)])
+    roster = Roster.of(TERMS, [*real.values(), advert(TERMS, corrupt, shown, people.signer(corrupt))])
     if alias is with_the_high_bit:
         with pytest.raises(Deceived, match="client-1 and client-2 show the same key"):
             rig.clients[VICTIM].take_roster(roster)
@@ -254,9 +254,7 @@ def test_two_attempts_at_a_round_are_not_both_revealed(people: People) -> None:
     spent = {name: Spent() for name in NAMES}
     for attempt in range(2):
         rig = SecureSum(people)
-        rig.clients = {
-            name: Masking(TERMS, name, people.signing[name].sign, people.key_of, Floor(2), spent[name]) for name in NAMES
-        }
+        rig.clients = {name: Masking(TERMS, name, people.signer(name), people.vouch, Floor(2), spent[name]) for name in NAMES}
         masked(rig)
         rig.sign(NAMES)
         if attempt == 0:
@@ -339,7 +337,7 @@ def test_corrupt_clients_sign_both_lists_and_still_fewer_than_the_threshold_beli
         signatures[answer][name] = rig.clients[name].take_survivors(lists[answer])
     for answer, survivors in lists.items():
         for name in corrupt:
-            signatures[answer][name] = sign_survivors(rig.coordinator.roster, survivors, people.signing[name].sign)
+            signatures[answer][name] = sign_survivors(rig.coordinator.roster, survivors, people.signer(name))
     revealed = []
     for name in honest:
         try:

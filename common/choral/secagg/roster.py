@@ -17,8 +17,15 @@ from choral.secagg.keys import Shown, check_shown, points
 
 Sign = Callable[[bytes], bytes]
 """Makes a client's Ed25519 signature."""
-KeyOf = Callable[[str], bytes]
-"""The Ed25519 key, 32 bytes, that is known to be a client's. Raises Deceived: none is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """A client's long-term Ed25519 key: who signs with it, the public key, 32 bytes, and by whom it is certified, if it is."""
+
+    sign: Sign
+    key: bytes
+    voucher: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +44,32 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Advert:
-    """A client takes part, with these keys; it has signed that, with the terms."""
+    """A client takes part, with these keys; it has signed that, with the terms. `key` and `voucher` are its `Signer`'s."""
 
     client: str
     shown: Shown
+    key: bytes
     signature: bytes
+    voucher: bytes = b""
 
 
-def advert(terms: Terms, client: str, shown: Shown, sign: Sign) -> Advert:
+Vouch = Callable[[Advert], None]
+"""Sees whether the signing key of an advert is known to be its client's. Raises Deceived: it is not."""
+
+
+def advert(terms: Terms, client: str, shown: Shown, signer: Signer) -> Advert:
     """What a client says first."""
-    return Advert(client, shown, sign(_advertised(terms, client, shown)))
+    return Advert(client, shown, signer.key, signer.sign(_advertised(terms, client, shown)), signer.voucher)
 
 
-def check_advert(terms: Terms, said: Advert, key_of: KeyOf) -> None:
-    """Raises Deceived: the client has not signed this, or not on these terms, or what it shows are no keys."""
+def check_advert(terms: Terms, said: Advert, vouch: Vouch) -> None:
+    """Raises Deceived: the client has not signed this, or not on these terms, or what it shows are no keys, or not known as its own."""
     try:
         check_shown(said.client, said.shown)
     except InvalidMessage as error:
         raise Deceived(str(error)) from error
-    if not _is_signed(_advertised(terms, said.client, said.shown), said.signature, key_of(said.client)):
+    vouch(said)
+    if not _is_signed(_advertised(terms, said.client, said.shown), said.signature, said.key):
         raise Deceived(
             f"{said.client} has not signed the keys that are said to be its own for round {terms.round} of run {terms.run}, or was "
             f"told of another model or another plan"
@@ -87,7 +101,7 @@ class Roster:
     @cached_property
     def session(self) -> bytes:
         """Its digest, to which all that follows is bound."""
-        told = [_shown(one.client, one.shown) | {"signature": one.signature.hex()} for one in self.adverts]
+        told = [_shown(one.client, one.shown) | {"key": one.key.hex(), "signature": one.signature.hex()} for one in self.adverts]
         return hashlib.sha256(canonical({"choral secagg": 1, "adverts": told, **self.terms.told()}).encode()).digest()
 
     @cached_property
@@ -105,8 +119,12 @@ class Roster:
         return neighbours_of(self.shape, self.session)
 
     def shown(self, client: str) -> Shown:
-        """A client's public keys."""
+        """A client's public keys of this round."""
         return self.adverts[self.numbers[client]].shown
+
+    def key(self, client: str) -> bytes:
+        """A client's signing key."""
+        return self.adverts[self.numbers[client]].key
 
     def neighbours(self, client: str) -> tuple[str, ...]:
         """With whom a client shares masks."""
@@ -132,9 +150,9 @@ def sign_survivors(roster: Roster, survivors: Iterable[str], sign: Sign) -> byte
     return sign(_survivors(roster, survivors))
 
 
-def has_signed_survivors(roster: Roster, survivors: Iterable[str], signature: bytes, key: bytes) -> bool:
-    """Whether the owner of a key was told the same."""
-    return _is_signed(_survivors(roster, survivors), signature, key)
+def has_signed_survivors(roster: Roster, survivors: Iterable[str], client: str, signature: bytes) -> bool:
+    """Whether a client of the roster was told the same."""
+    return _is_signed(_survivors(roster, survivors), signature, roster.key(client))
 
 
 def _advertised(terms: Terms, client: str, shown: Shown) -> bytes:
