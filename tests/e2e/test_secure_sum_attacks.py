@@ -337,7 +337,7 @@ def test_corrupt_clients_sign_both_lists_and_still_fewer_than_the_threshold_beli
         signatures[answer][name] = rig.clients[name].take_survivors(lists[answer])
     for answer, survivors in lists.items():
         for name in corrupt:
-            signatures[answer][name] = sign_survivors(rig.coordinator.roster, survivors, people.signer(name))
+            signatures[answer][name] = sign_survivors(rig.coordinator.roster, survivors, people.signer(name).sign)
     revealed = []
     for name in honest:
         try:

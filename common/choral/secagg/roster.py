@@ -63,7 +63,7 @@ def advert(terms: Terms, client: str, shown: Shown, signer: Signer) -> Advert:
 
 
 def check_advert(terms: Terms, said: Advert, vouch: Vouch) -> None:
-    """Raises Deceived: the client has not signed this, or not on these terms, or what it shows are no keys, or not known as its own."""
+    """Raises Deceived: the client has not signed this, or not on these terms, shows what are no keys, or a key that is not known."""
     try:
         check_shown(said.client, said.shown)
     except InvalidMessage as error:
