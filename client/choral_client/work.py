@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase
 
+import numpy as np
 import torch
 from choral import codecs
 from choral.codecs import FLOAT32, Codec, Vector
@@ -18,8 +19,11 @@ from choral.flat import describe
 from choral.metrics import LOSS, Metric
 from choral.plan import Kind, Plan
 from choral.statistics import Moments
+from choral.secagg.summand import Layout, Summand, layout_of
 from choral.task import Task, user_code
+from numpy.typing import NDArray
 
+from choral_client import contribution
 from choral_client.checkpoint import Expected, Place
 from choral_client.data import Shard
 from choral_client.residual import Feedback
@@ -65,15 +69,31 @@ class Work:
         self.check(plan)
         self._load(checkpoint)
         if plan.kind is Kind.STATISTICS:
-            return self._statistics()
+            return Result((Moments.of(self._features()).to_vector().astype("<f8").tobytes(),))
         held_out = self._measure() if plan.evaluate else ()
         if plan.kind is Kind.EVALUATION:
-            if not held_out:
-                raise Declined("no examples are held out here (holdout in the client's configuration)")
-            return Result((), held_out)
+            return Result((), _some(held_out))
         work = self._train(plan, stop)
-        blocks = moved(self._model.state_dict(), self.manifest, self._places, checkpoint)
-        return Result(_encoded(blocks, codec, plan.seed, feedback), held_out, work)
+        return Result(_encoded(self._moved(checkpoint), codec, plan.seed, feedback), held_out, work)
+
+    def contribute(self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event) -> Summand:
+        """The same as a term of a secure sum. Raises Declined, TaskError, or Stopped once `stop` is set."""
+        self.check(plan)
+        assert plan.secure is not None, "what is not summed securely is sent as a result"
+        layout = self.layout(plan)
+        self._load(checkpoint)
+        if plan.kind is Kind.STATISTICS:
+            return contribution.of_features(layout, self._features())
+        held_out = self._measure() if plan.evaluate else ()
+        if plan.kind is Kind.EVALUATION:
+            return contribution.of_measurements(layout, plan.secure, _some(held_out))
+        self._train(plan, stop)
+        return contribution.of_update(lambda: self._moved(checkpoint), layout, plan.secure, self._shard.size, held_out)
+
+    def layout(self, plan: Plan) -> Layout:
+        """How a term of a secure sum is laid out."""
+        features = self._features().shape[1] if plan.kind is Kind.STATISTICS else None
+        return layout_of(plan, self.manifest.size, features, (LOSS, *self._task.metrics))
 
     def check(self, plan: Plan) -> None:
         """Raises Declined: the plan is for a task that is not installed here."""
@@ -82,10 +102,14 @@ class Work:
                 f"asked for task {plan.task} {plan.task_version}; {self._task.name} {self._task.version} is installed here"
             )
 
-    def _statistics(self) -> Result:
+    def _features(self) -> NDArray[np.floating]:
         with user_code(f"task {self._task.name}: reading the features"):
-            moments = Moments.of(self._shard.features().numpy())
-        return Result((moments.to_vector().astype("<f8").tobytes(),))
+            features: NDArray[np.floating] = self._shard.features().numpy()
+            return features
+
+    def _moved(self, checkpoint: BufferedIOBase) -> Iterator[Vector]:
+        """The update, block by block."""
+        return moved(self._model.state_dict(), self.manifest, self._places, checkpoint)
 
     def _measure(self) -> tuple[Metric, ...]:
         """What can be measured on the examples held out; a metric that is not a number there is not told."""
@@ -114,6 +138,12 @@ class Work:
         if loss is not None:
             work.append(Metric(f"train_{LOSS}", loss, self._shard.size))
         return tuple(work)
+
+
+def _some(held_out: tuple[Metric, ...]) -> tuple[Metric, ...]:
+    if not held_out:
+        raise Declined("no examples are held out here (holdout in the client's configuration)")
+    return held_out
 
 
 def _encoded(blocks: Iterator[Vector], codec: Codec, seed: int, feedback: Feedback | None) -> Iterator[bytes]:

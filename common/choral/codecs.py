@@ -28,6 +28,7 @@ from choral.errors import ConfigError, InvalidMessage
 
 BLOCK = 1 << 18  # elements
 GROUP = 256  # elements
+MASKED = "masked"  # no codec of a vector: the name of results that are summed securely (`secagg.summand`)
 LEAST_SHARE, LARGEST_SHARE = 0.0001, 0.5
 Vector = NDArray[np.float32]
 Rng = np.random.Generator

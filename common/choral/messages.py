@@ -9,6 +9,7 @@ from choral.heads import Head
 from choral.manifest import Manifest
 from choral.metrics import Metric
 from choral.plan import Kind, Plan
+from choral.sum_messages import FromSummand, ToSummand
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,8 @@ class VersionRef:
 class Hello:
     """Who a client is and what it can work on. `history` is the newest head that it was handed, if it was handed any.
 
-    `codecs` are its abilities to send an update in fewer bytes (`codecs.abilities`).
+    `codecs` are its abilities to send an update in other ways than as float32 (`codecs.abilities`). How many `examples` it has, this
+    release does not say before there is a result, and in a secure sum not even then.
     """
 
     protocol_version: int
@@ -51,8 +53,8 @@ class Hello:
     task: str
     task_version: str
     manifest: Manifest
-    examples: int
-    software: str
+    examples: int = 0
+    software: str = ""
     history: Head | None = None
     codecs: tuple[str, ...] = ()
 
@@ -129,8 +131,8 @@ class Status:
     reason: str = ""
 
 
-FromClient = Hello | Status | Heartbeat
-FromCoordinator = Welcome | Assignment | Cancel | NewVersion | ComeBack
+FromClient = Hello | Status | Heartbeat | FromSummand
+FromCoordinator = Welcome | Assignment | Cancel | NewVersion | ComeBack | ToSummand
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -33,6 +33,27 @@ class Training(Settings):
 
 
 @dataclass(frozen=True, slots=True)
+class SecurePlan:
+    """How the results of a round are summed so that the coordinator sees the sum alone (`secagg`).
+
+    `run` names the run as no other is named; `least_clients` to `most_clients` are in the sum; of the holders of a secret the share
+    `threshold` must reveal, 0: as few as is safe. An update's entries are clipped to `clip`, its Euclidean norm to `max_norm` (0: it
+    is not), and its weight is its examples over `weight_cap`, at most 1; in steps of 2^-`fraction_bits`, modulo
+    2^`ring_bits`.
+    """
+
+    run: str
+    least_clients: int
+    most_clients: int
+    threshold: float
+    clip: float
+    fraction_bits: int
+    ring_bits: int
+    weight_cap: int
+    max_norm: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One assignment's work. The same plan on the same data gives the same update, bit for bit."""
 
@@ -44,11 +65,13 @@ class Plan:
     evaluate: bool
     cohort: int = 0
     """how many results the round is to be made of; 0: the coordinator does not say"""
+    secure: SecurePlan | None = None
+    """how results are summed; None: each is sent as it is"""
 
 
 def digest_of(plan: Plan) -> bytes:
     """SHA-256 of what all clients of a round are asked alike: the plan without its seed."""
-    common = {
+    common: dict[str, Any] = {
         "kind": plan.kind.value,
         "task": plan.task,
         "task_version": plan.task_version,
@@ -56,6 +79,8 @@ def digest_of(plan: Plan) -> bytes:
         "evaluate": plan.evaluate,
         "cohort": plan.cohort,
     }
+    if plan.secure is not None:
+        common["secure"] = asdict(plan.secure)
     return hashlib.sha256(b"choral plan 1" + canonical(common).encode()).digest()
 
 

@@ -6,11 +6,13 @@ With `status` and the servicers and transports of both sides, the only files tha
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from google_crc32c import value as crc32c
 
+from choral import sum_wire
 from choral.errors import CorruptTransfer, InvalidMessage, ProtocolMismatch
 from choral.frames import Piece, frame, unframed
 from choral.heads import Head, fault_of
@@ -34,7 +36,7 @@ from choral.messages import (
     Welcome,
 )
 from choral.metrics import Metric
-from choral.plan import Kind, Plan, Training
+from choral.plan import Kind, Plan, SecurePlan, Training
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import model_pb2 as mb
 
@@ -185,6 +187,7 @@ def plan_to_pb(plan: Plan) -> pb.Plan:
         seed=plan.seed,
         evaluate=plan.evaluate,
         cohort=plan.cohort,
+        secure=pb.SecurePlan(**asdict(plan.secure)) if plan.secure is not None else None,
     )
 
 
@@ -198,7 +201,22 @@ def plan_from_pb(message: pb.Plan) -> Plan:
         raise InvalidMessage(f"a plan that is not allowed: a cohort of {message.cohort}")
     kind = _known(_KINDS_BACK, message.kind, "round kind")
     task, version = brief(message.task), brief(message.task_version)
-    return Plan(kind, task, version, training, message.seed, message.evaluate, message.cohort)
+    secure = _secure_from_pb(message.secure) if message.HasField("secure") else None
+    return Plan(kind, task, version, training, message.seed, message.evaluate, message.cohort, secure)
+
+
+def _secure_from_pb(message: pb.SecurePlan) -> SecurePlan:
+    return SecurePlan(
+        brief(message.run),
+        message.least_clients,
+        message.most_clients,
+        message.threshold,
+        message.clip,
+        message.fraction_bits,
+        message.ring_bits,
+        message.weight_cap,
+        message.max_norm,
+    )
 
 
 def version_to_pb(version: VersionRef) -> mb.ModelVersion:
@@ -277,6 +295,8 @@ def from_client_to_pb(said: FromClient) -> pb.AttendRequest:
             return pb.AttendRequest(status=status)
         case Heartbeat():
             return pb.AttendRequest(heartbeat=pb.Heartbeat())
+        case _:
+            return sum_wire.to_request(said)
 
 
 def brief(text: str) -> str:
@@ -313,6 +333,8 @@ def from_client_from_pb(message: pb.AttendRequest) -> FromClient:
             return Status(brief(s.assignment), _known(_PHASES_BACK, s.phase, "phase"), brief(s.reason))
         case "heartbeat":
             return Heartbeat()
+    if (summand := sum_wire.of_request(message)) is not None:
+        return summand
     raise InvalidMessage("an attendance message that says nothing known to this release: update Choral on this side")
 
 
@@ -344,6 +366,8 @@ def from_coordinator_to_pb(said: FromCoordinator) -> pb.AttendResponse:
             return pb.AttendResponse(new_version=pb.NewVersion(version=version_to_pb(said.version)))
         case ComeBack():
             return pb.AttendResponse(come_back=pb.ComeBack(after_s=said.after_s, reason=said.reason))
+        case _:
+            return sum_wire.to_response(said)
 
 
 def _seconds(value: float, least: float, most: float, what: str) -> float:
@@ -376,6 +400,8 @@ def from_coordinator_from_pb(message: pb.AttendResponse) -> FromCoordinator:
             c = message.come_back
             after_s = _seconds(c.after_s, 0.0, LONGEST_ABSENCE_S, "the time until the client is to come back")
             return ComeBack(after_s if c.HasField("after_s") else None, brief(c.reason))
+    if (of_sum := sum_wire.of_response(message)) is not None:
+        return of_sum
     raise InvalidMessage("an attendance message that says nothing known to this release: update Choral on this side")
 
 

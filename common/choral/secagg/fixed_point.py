@@ -41,6 +41,12 @@ class FixedPoint:
         """The most by which a sum of `terms` numbers may be off, each rounded once; and a float64 rounds it once more."""
         return self.terms * 2.0 ** -(self.fraction_bits + 1)
 
+    @property
+    def clip32(self) -> np.float32:
+        """The largest float32 that is not beyond `clip`."""
+        near = np.float32(self.clip)
+        return near if float(near) <= self.clip else np.nextafter(near, np.float32(0))
+
     def encode(self, values: NDArray[np.floating[Any]], weight: float = 1.0) -> Ring:
         """rint(weight · value · 2^fraction_bits) of each; weight in (0, 1]. Raises ValueError: one is beyond `clip`, or NaN."""
         if not 0 < weight <= 1:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from choral.errors import ConfigError
@@ -63,10 +63,25 @@ def complete(clients: int) -> Shape:
 
 
 @lru_cache(maxsize=256)
-def shape_of(clients: int) -> Shape:
-    """The graph for so many clients: everybody with everybody, or of many the sparsest that keeps to the bounds above."""
+def shape_of(clients: int, share: float = 0.0) -> Shape:
+    """The graph for so many clients: everybody with everybody, or of many the sparsest that keeps to the bounds above.
+
+    A `share` of the holders makes the threshold higher than it need be. Raises ConfigError: it is no share, or they are too many.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"a threshold of {share:g}: it is a share of those who hold shares of a secret, 1 at the most")
     if clients <= COMPLETE_UP_TO:
-        return complete(clients)
+        shape = complete(clients)
+        return replace(shape, threshold=max(shape.threshold, math.ceil(round(share * shape.holders, 9))))
+    if share > 0:
+        raise ConfigError(
+            f"a threshold of {share:g} with {clients} clients: beyond {COMPLETE_UP_TO} it follows from the bounds on security and "
+            "dropouts: leave it out, or ask fewer clients"
+        )
+    return _sparsest(clients)
+
+
+def _sparsest(clients: int) -> Shape:
     for neighbours in range(2, clients - 1, 2):
         if (shape := _shape(clients, neighbours)) is not None:
             return shape

@@ -14,7 +14,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
+from choral.secagg import wide
 from choral.secagg.fixed_point import Ring
+from choral.secagg.wide import Wide
 
 KEY_BYTES = 16
 _BLOCK_BYTES = 1 << 18  # stays in the cache while all masks are added to it
@@ -35,6 +37,20 @@ class Mask:
         per_block = _BLOCK_BYTES // values.itemsize
         for start in range(0, len(values), per_block):
             self._add(values[start : start + per_block])
+
+    def add_to_wide(self, values: Wide) -> None:
+        """The same to wide numbers."""
+        per_block = _BLOCK_BYTES // wide.BYTES
+        for start in range(0, len(values), per_block):
+            block = values[start : start + per_block]
+            for stream in self._plus:
+                wide.add(block, self._next(stream, block.nbytes))
+            for stream in self._minus:
+                wide.subtract(block, self._next(stream, block.nbytes))
+
+    def _next(self, stream: Any, size: int) -> Wide:
+        stream.update_into(memoryview(_ZEROS)[:size], self._buffer)
+        return np.frombuffer(self._buffer, dtype="<u8", count=size // 8).reshape(-1, wide.BITS // 64)
 
     def _add(self, block: Ring) -> None:
         size, mask = block.nbytes, np.frombuffer(self._buffer, dtype=block.dtype, count=len(block))

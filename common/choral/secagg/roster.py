@@ -30,12 +30,16 @@ class Signer:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What all clients of a round must have been told alike: `version` and `plan` are the digests of the model and of the plan."""
+    """What all clients of a round must have been told alike: `version` and `plan` are the digests of the model and of the plan.
+
+    `threshold`, which the plan says as well, is the share of the holders of a secret who must reveal; 0: as few as is safe.
+    """
 
     run: str
     round: int
     version: bytes
     plan: bytes
+    threshold: float = 0.0
 
     def told(self) -> dict[str, str | int]:
         """As it is signed."""
@@ -63,7 +67,7 @@ def advert(terms: Terms, client: str, shown: Shown, signer: Signer) -> Advert:
 
 
 def check_advert(terms: Terms, said: Advert, vouch: Vouch) -> None:
-    """Raises Deceived: the client has not signed this, or not on these terms, shows what are no keys, or a key that is not known."""
+    """Raises Deceived: it is not signed, or not on these terms, or the keys are none, or the signing key is not the client's."""
     try:
         check_shown(said.client, said.shown)
     except InvalidMessage as error:
@@ -111,8 +115,8 @@ class Roster:
 
     @cached_property
     def shape(self) -> Shape:
-        """Of the graph. Raises ConfigError: of one client there is no sum."""
-        return shape_of(len(self.adverts))
+        """Of the graph. Raises ConfigError: of one client there is no sum, or the threshold is none."""
+        return shape_of(len(self.adverts), self.terms.threshold)
 
     @cached_property
     def _neighbours(self) -> list[tuple[int, ...]]:

@@ -126,6 +126,10 @@ class AttendRequest(google.protobuf.message.Message):
     HELLO_FIELD_NUMBER: builtins.int
     STATUS_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
+    SUM_ADVERT_FIELD_NUMBER: builtins.int
+    SUM_SHARES_FIELD_NUMBER: builtins.int
+    SUM_SIGNATURE_FIELD_NUMBER: builtins.int
+    SUM_REVEALED_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> global___Hello:
         """First, and once."""
@@ -138,16 +142,36 @@ class AttendRequest(google.protobuf.message.Message):
     def heartbeat(self) -> global___Heartbeat:
         """At least once per Welcome.heartbeat_s."""
 
+    @property
+    def sum_advert(self) -> global___SumAdvert:
+        """In a secure sum, when the result is ready: the client takes part."""
+
+    @property
+    def sum_shares(self) -> global___SumShares:
+        """In a secure sum, after SumRoster."""
+
+    @property
+    def sum_signature(self) -> global___SumSignature:
+        """In a secure sum, after SumSurvivors."""
+
+    @property
+    def sum_revealed(self) -> global___SumRevealed:
+        """In a secure sum, after SumSignatures."""
+
     def __init__(
         self,
         *,
         hello: global___Hello | None = ...,
         status: global___Status | None = ...,
         heartbeat: global___Heartbeat | None = ...,
+        sum_advert: global___SumAdvert | None = ...,
+        sum_shares: global___SumShares | None = ...,
+        sum_signature: global___SumSignature | None = ...,
+        sum_revealed: global___SumRevealed | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "status", b"status"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "status", b"status"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "status", "heartbeat"] | None: ...
+    def HasField(self, field_name: typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "status", b"status", "sum_advert", b"sum_advert", "sum_revealed", b"sum_revealed", "sum_shares", b"sum_shares", "sum_signature", b"sum_signature"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "status", b"status", "sum_advert", b"sum_advert", "sum_revealed", b"sum_revealed", "sum_shares", b"sum_shares", "sum_signature", b"sum_signature"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "status", "heartbeat", "sum_advert", "sum_shares", "sum_signature", "sum_revealed"] | None: ...
 
 global___AttendRequest = AttendRequest
 
@@ -162,6 +186,10 @@ class AttendResponse(google.protobuf.message.Message):
     CANCEL_FIELD_NUMBER: builtins.int
     NEW_VERSION_FIELD_NUMBER: builtins.int
     COME_BACK_FIELD_NUMBER: builtins.int
+    SUM_ROSTER_FIELD_NUMBER: builtins.int
+    SUM_SHARES_FIELD_NUMBER: builtins.int
+    SUM_SURVIVORS_FIELD_NUMBER: builtins.int
+    SUM_SIGNATURES_FIELD_NUMBER: builtins.int
     @property
     def welcome(self) -> global___Welcome:
         """First, and once."""
@@ -182,6 +210,22 @@ class AttendResponse(google.protobuf.message.Message):
     def come_back(self) -> global___ComeBack:
         """The coordinator has no use for this stream; it closes after this."""
 
+    @property
+    def sum_roster(self) -> global___SumRoster:
+        """In a secure sum: who takes part."""
+
+    @property
+    def sum_shares(self) -> global___SumShares:
+        """In a secure sum: what was sealed for this client. Now it can send its masked result."""
+
+    @property
+    def sum_survivors(self) -> global___SumSurvivors:
+        """In a secure sum: whose masked results are in it."""
+
+    @property
+    def sum_signatures(self) -> global___SumSignatures:
+        """In a secure sum: that the others were told the same."""
+
     def __init__(
         self,
         *,
@@ -190,10 +234,14 @@ class AttendResponse(google.protobuf.message.Message):
         cancel: global___Cancel | None = ...,
         new_version: global___NewVersion | None = ...,
         come_back: global___ComeBack | None = ...,
+        sum_roster: global___SumRoster | None = ...,
+        sum_shares: global___SumShares | None = ...,
+        sum_survivors: global___SumSurvivors | None = ...,
+        sum_signatures: global___SumSignatures | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["assignment", b"assignment", "cancel", b"cancel", "come_back", b"come_back", "message", b"message", "new_version", b"new_version", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "cancel", b"cancel", "come_back", b"come_back", "message", b"message", "new_version", b"new_version", "welcome", b"welcome"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["welcome", "assignment", "cancel", "new_version", "come_back"] | None: ...
+    def HasField(self, field_name: typing.Literal["assignment", b"assignment", "cancel", b"cancel", "come_back", b"come_back", "message", b"message", "new_version", b"new_version", "sum_roster", b"sum_roster", "sum_shares", b"sum_shares", "sum_signatures", b"sum_signatures", "sum_survivors", b"sum_survivors", "welcome", b"welcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "cancel", b"cancel", "come_back", b"come_back", "message", b"message", "new_version", b"new_version", "sum_roster", b"sum_roster", "sum_shares", b"sum_shares", "sum_signatures", b"sum_signatures", "sum_survivors", b"sum_survivors", "welcome", b"welcome"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["welcome", "assignment", "cancel", "new_version", "come_back", "sum_roster", "sum_shares", "sum_survivors", "sum_signatures"] | None: ...
 
 global___AttendResponse = AttendResponse
 
@@ -224,7 +272,9 @@ class Hello(google.protobuf.message.Message):
     task_version: builtins.str
     """That task's version; must equal the coordinator's."""
     examples: builtins.int
-    """How many examples the client trains on. Unit: examples."""
+    """How many examples the client trains on. Unit: examples. Not told by this release: it is told with a result, or, in a secure sum,
+    by nobody.
+    """
     software: builtins.str
     """Release of the client software, for operators to read."""
     @property
@@ -237,7 +287,9 @@ class Hello(google.protobuf.message.Message):
 
     @property
     def codecs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """What the client can do to send an update in fewer bytes, e.g. "int8", "zstd"; names that the coordinator does not know do no harm."""
+        """How the client can send an update, beyond float32: in fewer bytes, e.g. "int8", "zstd", or "masked", in a secure sum; names that
+        the coordinator does not know do no harm.
+        """
 
     def __init__(
         self,
@@ -429,6 +481,7 @@ class Plan(google.protobuf.message.Message):
     SEED_FIELD_NUMBER: builtins.int
     EVALUATE_FIELD_NUMBER: builtins.int
     COHORT_FIELD_NUMBER: builtins.int
+    SECURE_FIELD_NUMBER: builtins.int
     kind: choral.v1.model_pb2.RoundKind.ValueType
     """Which kind of work."""
     task: builtins.str
@@ -447,6 +500,10 @@ class Plan(google.protobuf.message.Message):
     """Whether to measure the version on the held-out examples before the work."""
     cohort: builtins.int
     """How many results the round is to be made of. Unit: clients."""
+    @property
+    def secure(self) -> global___SecurePlan:
+        """How the results are summed so that the coordinator sees the sum alone; absent: each is sent as it is."""
+
     def __init__(
         self,
         *,
@@ -459,10 +516,320 @@ class Plan(google.protobuf.message.Message):
         seed: builtins.int = ...,
         evaluate: builtins.bool = ...,
         cohort: builtins.int = ...,
+        secure: global___SecurePlan | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "cohort", b"cohort", "epochs", b"epochs", "evaluate", b"evaluate", "kind", b"kind", "learning_rate", b"learning_rate", "seed", b"seed", "task", b"task", "task_version", b"task_version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["secure", b"secure"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "cohort", b"cohort", "epochs", b"epochs", "evaluate", b"evaluate", "kind", b"kind", "learning_rate", b"learning_rate", "secure", b"secure", "seed", b"seed", "task", b"task", "task_version", b"task_version"]) -> None: ...
 
 global___Plan = Plan
+
+@typing.final
+class SecurePlan(google.protobuf.message.Message):
+    """How results are summed securely. All clients of a round must be told the same, and sign it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    LEAST_CLIENTS_FIELD_NUMBER: builtins.int
+    MOST_CLIENTS_FIELD_NUMBER: builtins.int
+    THRESHOLD_FIELD_NUMBER: builtins.int
+    CLIP_FIELD_NUMBER: builtins.int
+    FRACTION_BITS_FIELD_NUMBER: builtins.int
+    RING_BITS_FIELD_NUMBER: builtins.int
+    WEIGHT_CAP_FIELD_NUMBER: builtins.int
+    MAX_NORM_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """The run, by a name that no other run has had or will have."""
+    least_clients: builtins.int
+    """Fewest clients in the sum. Unit: clients."""
+    most_clients: builtins.int
+    """Most clients in the sum. Unit: clients."""
+    threshold: builtins.float
+    """Which share of those who hold shares of a secret must reveal them; 0: the smallest that is safe."""
+    clip: builtins.float
+    """The largest magnitude of an entry of an update; what is beyond is cut off on the client."""
+    fraction_bits: builtins.int
+    """An entry is rounded to steps of 2^-fraction_bits, after it was weighted. Unit: bits."""
+    ring_bits: builtins.int
+    """Entries are added modulo 2^ring_bits: 32 or 64. Unit: bits."""
+    weight_cap: builtins.int
+    """A client's weight is its number of examples, but no more than this, over this. Unit: examples."""
+    max_norm: builtins.float
+    """The largest Euclidean norm of an update; a longer one is scaled down on the client. 0: any."""
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        least_clients: builtins.int = ...,
+        most_clients: builtins.int = ...,
+        threshold: builtins.float = ...,
+        clip: builtins.float = ...,
+        fraction_bits: builtins.int = ...,
+        ring_bits: builtins.int = ...,
+        weight_cap: builtins.int = ...,
+        max_norm: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["clip", b"clip", "fraction_bits", b"fraction_bits", "least_clients", b"least_clients", "max_norm", b"max_norm", "most_clients", b"most_clients", "ring_bits", b"ring_bits", "run", b"run", "threshold", b"threshold", "weight_cap", b"weight_cap"]) -> None: ...
+
+global___SecurePlan = SecurePlan
+
+@typing.final
+class SumAdvert(google.protobuf.message.Message):
+    """A client takes part in a round's secure sum, with these keys. They are for this round alone; secagg describes what is made of them."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ASSIGNMENT_FIELD_NUMBER: builtins.int
+    CLIENT_FIELD_NUMBER: builtins.int
+    MASK_KEY_FIELD_NUMBER: builtins.int
+    SHARE_KEY_FIELD_NUMBER: builtins.int
+    COMMITMENT_FIELD_NUMBER: builtins.int
+    SIGNING_KEY_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    VOUCHER_FIELD_NUMBER: builtins.int
+    assignment: builtins.str
+    """The assignment."""
+    client: builtins.str
+    """Whose they are."""
+    mask_key: builtins.bytes
+    """X25519: with another client's, the key of the mask that the two have in common. Unit: 32 raw bytes."""
+    share_key: builtins.bytes
+    """X25519: with another client's, the key under which shares travel. Unit: 32 raw bytes."""
+    commitment: builtins.bytes
+    """SHA-256 of the seed of the client's own mask. Unit: 32 raw bytes."""
+    signing_key: builtins.bytes
+    """The client's long-term Ed25519 key. Unit: 32 raw bytes."""
+    signature: builtins.bytes
+    """By that key, of the above and of run, round, version and plan. Unit: 64 raw bytes."""
+    voucher: builtins.bytes
+    """An authority's word that the signing key is the client's; empty: none."""
+    def __init__(
+        self,
+        *,
+        assignment: builtins.str = ...,
+        client: builtins.str = ...,
+        mask_key: builtins.bytes = ...,
+        share_key: builtins.bytes = ...,
+        commitment: builtins.bytes = ...,
+        signing_key: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
+        voucher: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "client", b"client", "commitment", b"commitment", "mask_key", b"mask_key", "share_key", b"share_key", "signature", b"signature", "signing_key", b"signing_key", "voucher", b"voucher"]) -> None: ...
+
+global___SumAdvert = SumAdvert
+
+@typing.final
+class SumRoster(google.protobuf.message.Message):
+    """Who takes part in a secure sum."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ASSIGNMENT_FIELD_NUMBER: builtins.int
+    ADVERTS_FIELD_NUMBER: builtins.int
+    assignment: builtins.str
+    """The receiving client's assignment."""
+    @property
+    def adverts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SumAdvert]:
+        """Of each client, as it came."""
+
+    def __init__(
+        self,
+        *,
+        assignment: builtins.str = ...,
+        adverts: collections.abc.Iterable[global___SumAdvert] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adverts", b"adverts", "assignment", b"assignment"]) -> None: ...
+
+global___SumRoster = SumRoster
+
+@typing.final
+class SumShares(google.protobuf.message.Message):
+    """Shares of secrets, by client: for whom they are if a client sends them, from whom they are if the coordinator does."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class SealedEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    ASSIGNMENT_FIELD_NUMBER: builtins.int
+    SEALED_FIELD_NUMBER: builtins.int
+    assignment: builtins.str
+    """The assignment of the client that sends or receives them."""
+    @property
+    def sealed(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:
+        """Two shares, sealed for one client by another. Unit: 80 raw bytes."""
+
+    def __init__(
+        self,
+        *,
+        assignment: builtins.str = ...,
+        sealed: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "sealed", b"sealed"]) -> None: ...
+
+global___SumShares = SumShares
+
+@typing.final
+class SumSurvivors(google.protobuf.message.Message):
+    """Whose masked results are in the sum."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ASSIGNMENT_FIELD_NUMBER: builtins.int
+    CLIENTS_FIELD_NUMBER: builtins.int
+    assignment: builtins.str
+    """The receiving client's assignment."""
+    @property
+    def clients(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The names of the clients."""
+
+    def __init__(
+        self,
+        *,
+        assignment: builtins.str = ...,
+        clients: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "clients", b"clients"]) -> None: ...
+
+global___SumSurvivors = SumSurvivors
+
+@typing.final
+class SumSignature(google.protobuf.message.Message):
+    """A client was told who survives."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ASSIGNMENT_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    assignment: builtins.str
+    """The assignment."""
+    signature: builtins.bytes
+    """By the client's long-term key, of the roster's digest and the survivors' names. Unit: 64 raw bytes."""
+    def __init__(
+        self,
+        *,
+        assignment: builtins.str = ...,
+        signature: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "signature", b"signature"]) -> None: ...
+
+global___SumSignature = SumSignature
+
+@typing.final
+class SumSignatures(google.protobuf.message.Message):
+    """That the others were told the same."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class SignaturesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    ASSIGNMENT_FIELD_NUMBER: builtins.int
+    SIGNATURES_FIELD_NUMBER: builtins.int
+    assignment: builtins.str
+    """The receiving client's assignment."""
+    @property
+    def signatures(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:
+        """SumSignature.signature, by client."""
+
+    def __init__(
+        self,
+        *,
+        assignment: builtins.str = ...,
+        signatures: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "signatures", b"signatures"]) -> None: ...
+
+global___SumSignatures = SumSignatures
+
+@typing.final
+class SumRevealed(google.protobuf.message.Message):
+    """What a client holds of others' secrets, once: of those who survive of the seed of their own mask, of the others of their key's."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class MaskSeedsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    @typing.final
+    class KeySeedsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    ASSIGNMENT_FIELD_NUMBER: builtins.int
+    MASK_SEEDS_FIELD_NUMBER: builtins.int
+    KEY_SEEDS_FIELD_NUMBER: builtins.int
+    assignment: builtins.str
+    """The assignment."""
+    @property
+    def mask_seeds(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:
+        """Shares by client, each a number below 2^255 - 19, big-endian. Unit: 32 raw bytes."""
+
+    @property
+    def key_seeds(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:
+        """Shares by client, likewise."""
+
+    def __init__(
+        self,
+        *,
+        assignment: builtins.str = ...,
+        mask_seeds: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
+        key_seeds: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment", b"assignment", "key_seeds", b"key_seeds", "mask_seeds", b"mask_seeds"]) -> None: ...
+
+global___SumRevealed = SumRevealed
 
 @typing.final
 class Cancel(google.protobuf.message.Message):
@@ -659,6 +1026,8 @@ class UploadHeader(google.protobuf.message.Message):
     With "+zstd" behind one of these: the encoded block's first, second, … bytes of all numbers (of 4 bytes in float32, 2 in bf16, 1
     otherwise), as one Zstandard frame that tells the size of its content.
     Before each block of topk, and of all that ends in +zstd, stands its length: 4 bytes.
+    "masked", of any kind, in a secure sum: the update's elements as integers of SecurePlan.ring_bits bits, and a few numbers of 256
+    bits behind them, all of them masked (secagg describes which they are); then examples is 0, and no metric is told.
     """
     @property
     def held_out(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[choral.v1.model_pb2.Metric]:

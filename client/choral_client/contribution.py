@@ -1,0 +1,85 @@
+"""What this client adds to a secure sum: its update, weighted and rounded, and what it has measured, as numbers.
+
+Bounds are kept here, because the coordinator never sees what it could hold against them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import structlog
+from choral.codecs import Vector
+from choral.errors import ConfigError, Declined
+from choral.metrics import Metric
+from choral.plan import SecurePlan
+from choral.secagg import summand
+from choral.secagg.fixed_point import FixedPoint, fixed_point
+from choral.secagg.summand import Layout, Summand
+from numpy.typing import NDArray
+
+log = structlog.get_logger()
+Blocks = Callable[[], Iterator[Vector]]
+"""The update, block by block, as often as it is asked for."""
+
+
+def scale_of(secure: SecurePlan) -> FixedPoint:
+    """The fixed point of a plan. Raises Declined: a sum could overflow in it."""
+    try:
+        return fixed_point(secure.most_clients, secure.clip, secure.ring_bits, secure.fraction_bits)
+    except ConfigError as error:
+        raise Declined(f"the coordinator asks for a sum that cannot be right: {error}") from error
+
+
+def of_update(blocks: Blocks, layout: Layout, secure: SecurePlan, examples: int, held_out: tuple[Metric, ...]) -> Summand:
+    """An update of `layout.size` elements and its weight, with what was measured. Raises Declined."""
+    scale, shrink = scale_of(secure), _shrink(blocks, secure.max_norm)
+    weight, vector = min(examples, secure.weight_cap), np.empty(layout.size, layout.dtype)
+    start, clipped, clip = 0, 0, scale.clip32
+    for block in blocks():
+        if not np.isfinite(block).all():
+            raise Declined("the update holds an infinite or undefined number: lower the learning rate, or look at this data")
+        if shrink < 1:
+            block = block * np.float32(shrink)
+        within = np.clip(block, -clip, clip)
+        clipped += int(np.count_nonzero(within != block))
+        vector[start : start + block.size] = scale.encode(within, weight / secure.weight_cap)
+        start += block.size
+    if clipped:
+        log.warning("update clipped", entries=clipped, of=layout.size, clip=secure.clip)
+    values = {summand.CLIENTS: 1, summand.WEIGHT: weight, summand.CLIPPED: float(clipped > 0 or shrink < 1)}
+    return Summand(vector, _numbers(layout, values | summand.measured(held_out, secure.weight_cap)))
+
+
+def of_measurements(layout: Layout, secure: SecurePlan, held_out: tuple[Metric, ...]) -> Summand:
+    """What was measured, and no update. Raises Declined."""
+    values = summand.measured(held_out, secure.weight_cap)
+    return Summand(np.empty(0, layout.dtype), _numbers(layout, {summand.CLIENTS: 1} | values))
+
+
+def of_features(layout: Layout, features: NDArray[np.floating]) -> Summand:
+    """The sums and the sums of squares of features `(n, d)`. Raises Declined."""
+    x = features.astype(np.float64)
+    values: dict[str, float] = {summand.CLIENTS: 1, summand.COUNT: len(x)}
+    for number, (total, squares) in enumerate(zip(x.sum(axis=0), np.square(x).sum(axis=0), strict=True)):
+        values |= dict(zip(summand.feature_sums(number), (float(total), float(squares)), strict=True))
+    return Summand(np.empty(0, layout.dtype), _numbers(layout, values))
+
+
+def _shrink(blocks: Blocks, max_norm: float) -> float:
+    """By what an update is multiplied so that it is no longer than allowed; 1 at the most."""
+    if max_norm == 0:
+        return 1.0
+    norm = math.sqrt(sum(float(np.square(block, dtype=np.float64).sum()) for block in blocks()))
+    if norm <= max_norm:
+        return 1.0
+    log.warning("update shortened", norm=norm, max_norm=max_norm)
+    return max_norm / norm
+
+
+def _numbers(layout: Layout, values: dict[str, float]) -> NDArray[np.uint64]:
+    try:
+        return layout.numbers(values)
+    except ValueError as error:
+        raise Declined(f"{error}: scale the features or the metrics of the task") from error
