@@ -8,18 +8,18 @@ import math
 import random
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BufferedIOBase
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
-from choral.codecs import Codec, abilities, parse
-from choral.errors import ChoralError, Declined, InvalidMessage, NameTaken, Unreachable
+from choral.codecs import MASKED, Codec, abilities, parse
+from choral.errors import ChoralError, Deceived, Declined, InvalidMessage, NameTaken, Unreachable
 from choral.heads import Head
 from choral.messages import (
     Assignment,
@@ -36,7 +36,11 @@ from choral.messages import (
     VersionRef,
     Welcome,
 )
-from choral.plan import Kind
+from choral.plan import Kind, digest_of
+from choral.secagg.masks import Mask
+from choral.secagg.roster import Advert, Signer, Terms, Vouch
+from choral.secagg.summand import Summand
+from choral.sum_messages import FromSummand, SumRoster, SumShares, SumSignatures, SumSurvivors, ToSummand
 from choral.wire import brief
 
 from choral_client.backoff import CAP_S, Patience, full_jitter
@@ -44,19 +48,27 @@ from choral_client.delivery import Deliveries
 from choral_client.diary import Diary
 from choral_client.guard_file import GuardFile
 from choral_client.heads import Heads
+from choral_client.masking import Masking
 from choral_client.model_file import ModelFile
 from choral_client.outbox import Outbox, Parcel
 from choral_client.oversight import Oversight
 from choral_client.residual import About, Feedback, Residual
+from choral_client.spent import Spent
+from choral_client.sum_part import SumPart
 from choral_client.thread import WorkThread
 from choral_client.train import Stopped
 from choral_client.transport import Attendance, Payload, Transport
 from choral_client.work import Work
 
 log = structlog.get_logger()
+T = TypeVar("T")
 _AT_ONCE_S = 0.05
 _EAGER_S = 1.0  # the longest pause before the first contact: both may have been started together, and this lasts a minute at most
 _LAST_RECEIPTS_S = 1.0  # how long a run that is over waits for what is being answered
+
+
+def _nobody_is_known(said: Advert) -> None:
+    raise Deceived(f"this client does not know whether the key that {said.client} shows is its own: enrol it, or pin that key")
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,8 @@ class Job:
 class Agent:
     """One client. `hello` says who it is; `state` is its folder; `follow`: fetch each version when it is published.
 
-    `oversight` asks the device's guard, by default the one in `state`, before anything is fetched, done or sent.
+    `oversight` asks the device's guard, by default the one in `state`, before anything is fetched, done or sent. In secure sums it
+    signs with `signer`, and `vouch` knows the others' keys.
     """
 
     def __init__(
@@ -96,6 +109,8 @@ class Agent:
         longest_pause_s: float = CAP_S,
         rng: random.Random | None = None,
         oversight: Oversight | None = None,
+        signer: Signer | None = None,
+        vouch: Vouch = _nobody_is_known,
     ) -> None:
         self._transport = transport
         self._hello = hello
@@ -112,6 +127,10 @@ class Agent:
         self._models = ModelFile(transport, state, self._patience, work.expected)
         self._outbox = Outbox(state / "outbox")
         self._residual = Residual(state)
+        self._signer = signer
+        self._vouch = vouch
+        self._spent = Spent(state)
+        self._sum: SumPart | None = None  # of the job under way
         self._deliveries = Deliveries(
             transport, self._outbox, self._patience, self._report, self._oversight.permit_sending, self._residual.settle
         )
@@ -202,6 +221,8 @@ class Agent:
                     log.info("still at it", round=message.round)
                     if self._status is not None and self._status.assignment == message.id:
                         await self._report(self._status)
+                    if self._sum is not None:
+                        await self._sum.repeat()
                     return
                 if job is not None:
                     job.cancel()
@@ -217,6 +238,15 @@ class Agent:
             case NewVersion(version):
                 self._models.offer(version)
                 self._follow_to(version)
+            case SumRoster() | SumShares() | SumSurvivors() | SumSignatures():
+                await self._hear_of_sum(message)
+
+    async def _hear_of_sum(self, message: ToSummand) -> None:
+        if self._sum is not None and self._sum.assignment == message.assignment:
+            self._sum.hear(message)
+        else:
+            told = "this client has no keys for the secure sum any more: it was started again, or has left the sum"
+            await self._report(Status(message.assignment, Phase.DECLINED, told))
 
     def _look_at_history(self, head: Head | None) -> None:
         if (fault := self._heads.take(head)) is not None:
@@ -242,21 +272,72 @@ class Agent:
             await self._admit(assignment)
             if not await self._deliveries.send_saved(assignment.id):
                 log.info("working", round=assignment.round, kind=assignment.plan.kind.value, version=assignment.version.number)
-                await self._deliveries.send(*await self._produce(assignment, stop))
+                if assignment.plan.secure is None:
+                    await self._deliveries.send(*await self._produce(assignment, stop))
+                else:
+                    await self._take_part(assignment, stop)
             self._diary.write("attending", round=assignment.round)
         except ChoralError as error:
-            await self._decline(assignment, str(error))
+            await self._decline(assignment, str(error), type(error).__name__)
         except Stopped:
             log.info("stopped working", round=assignment.round)
         except Exception as error:
             log.exception("work failed", round=assignment.round)
-            await self._decline(assignment, f"{type(error).__name__}: {error}")
+            await self._decline(assignment, f"{type(error).__name__}: {error}", type(error).__name__)
+
+    async def _take_part(self, assignment: Assignment, stop: threading.Event) -> None:
+        """Do an assignment whose result is summed securely: it is masked before it is saved, and this client stays for the sum."""
+        part = await self._part(assignment)
+        summand = await self._worked(assignment, partial(self._contribute, assignment, stop=stop))
+        self._sum = part
+        try:
+            mask = await part.masked()
+            parcel, payload = await self._thread.do(partial(self._mask_and_save, assignment, summand, mask, stop))
+            await self._deliveries.send(parcel, payload)
+            await part.reveal()
+            log.info("secure sum done", round=assignment.round)
+        finally:
+            part.end()
+            if self._sum is part:
+                self._sum = None
+
+    async def _part(self, assignment: Assignment) -> SumPart:
+        """Raises Declined: nobody could tell that it is this client, or the round has been revealed before."""
+        secure, version = assignment.plan.secure, assignment.version.digest
+        assert secure is not None, "looked at by who called"
+        if self._signer is None:
+            raise Declined("this client has no signing key, without which it takes part in no secure sum: enrol it")
+        terms = Terms(secure.run, assignment.round, version, digest_of(assignment.plan), secure.threshold)
+        await asyncio.to_thread(self._spent.check, terms)
+        floor = (await asyncio.to_thread(self._oversight.admit, assignment.plan)).floor(secure)
+        masking = Masking(terms, self._hello.client, self._signer, self._vouch, floor, self._spent.spend)
+        return SumPart(assignment.id, terms, masking, self._say_in_sum)
+
+    async def _say_in_sum(self, word: FromSummand) -> None:
+        """If there is a stream; if there is none, it is said again on the next."""
+        if self._stream is not None:
+            with suppress(Unreachable):
+                await self._stream.say(word)
+
+    def _contribute(self, assignment: Assignment, checkpoint: BufferedIOBase, stop: threading.Event) -> Summand:
+        if stop.is_set():
+            raise Stopped
+        with checkpoint, self._oversight.watching(assignment.plan, stop):
+            return self._work.contribute(assignment.plan, checkpoint, stop)
+
+    def _mask_and_save(self, assignment: Assignment, summand: Summand, mask: Mask, stop: threading.Event) -> tuple[Parcel, Payload]:
+        if stop.is_set():
+            raise Stopped
+        summand.add_mask(mask)
+        header = UploadHeader(assignment.id, self._hello.client, 0, assignment.plan.kind, 0, (), (), b"", codec=MASKED)
+        return self._outbox.save(Parcel(header, assignment.round), summand.pieces())
 
     async def _admit(self, assignment: Assignment) -> None:
         """Ask the guard before anything is done. Raises Declined; what an earlier start has saved is then not sent either."""
         try:
             self._work.check(assignment.plan)
-            _codec(assignment)
+            if assignment.plan.secure is None:
+                _codec(assignment)
             await asyncio.to_thread(self._oversight.admit, assignment.plan)
         except Declined:
             self._deliveries.withdraw(assignment.id)
@@ -264,14 +345,18 @@ class Agent:
 
     async def _produce(self, assignment: Assignment, stop: threading.Event) -> tuple[Parcel, Payload]:
         """An assignment's result, saved: from here on it outlives this process."""
+        if _codec(assignment).sparse:
+            await self._deliveries.settled()  # what is left to be sent depends on what became of the last update
+        return await self._worked(assignment, partial(self._work_and_save, assignment, stop=stop))
+
+    async def _worked(self, assignment: Assignment, do: Callable[[BufferedIOBase], T]) -> T:
+        """What is done, in the thread for that, with the version that an assignment starts from."""
         if not self._models.holds(assignment.version):
             await self._report(Status(assignment.id, Phase.DOWNLOADING))
         checkpoint = await self._checkpoint(assignment)
-        if _codec(assignment).sparse:
-            await self._deliveries.settled()  # what is left to be sent depends on what became of the last update
         telling = asyncio.create_task(self._tell_of_work(assignment))
         try:
-            return await self._thread.do(partial(self._work_and_save, assignment, checkpoint, stop))
+            return await self._thread.do(partial(do, checkpoint))
         finally:
             telling.cancel()
 
@@ -289,7 +374,7 @@ class Agent:
             header = UploadHeader(
                 assignment=assignment.id,
                 client=self._hello.client,
-                examples=self._hello.examples,
+                examples=self._work.examples,
                 kind=assignment.plan.kind,
                 payload_bytes=0,
                 held_out=result.held_out,
@@ -328,8 +413,8 @@ class Agent:
             with suppress(Unreachable):
                 await self._stream.say(status)
 
-    async def _decline(self, assignment: Assignment, reason: str) -> None:
-        log.warning("declined", round=assignment.round, reason=reason)
+    async def _decline(self, assignment: Assignment, reason: str, error: str) -> None:
+        log.warning("declined", round=assignment.round, error=error, reason=reason)
         await self._report(Status(assignment.id, Phase.DECLINED, reason))
 
     async def _fetch_for_keeping(self, version: VersionRef) -> None:

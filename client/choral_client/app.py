@@ -10,7 +10,7 @@ import threading
 
 import structlog
 from choral import __version__
-from choral.codecs import abilities
+from choral.codecs import MASKED, abilities
 from choral.errors import ConfigError
 from choral.messages import Hello
 from choral.task import load_task
@@ -55,9 +55,8 @@ async def attend(config: ClientConfig) -> None:
         task=task.name,
         task_version=task.version,
         manifest=work.manifest,
-        examples=shard.size,
         software=__version__,
-        codecs=abilities(),
+        codecs=(*abilities(), MASKED),
     )
     transport = GrpcTransport(str(known.server), known.credentials, known.name)
     agent = Agent(

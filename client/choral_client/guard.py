@@ -12,12 +12,15 @@ from typing import Annotated, Any, TypeVar
 from choral.address import HostPort
 from choral.config import Settings
 from choral.errors import Declined
-from choral.plan import Kind, Plan
+from choral.plan import Kind, Plan, SecurePlan
 from pydantic import Field, PlainValidator
+
+from choral_client.masking import Floor
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _DAY = 24 * 60  # minutes
+_LEAST_IN_SUM = 3  # clients: of two, each knows the other's
 T = TypeVar("T")
 
 
@@ -78,12 +81,15 @@ class Guard(Settings):
     max_work_s_per_day: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = None
     """longest local work in one day from midnight to midnight, in seconds, all rounds and restarts taken together"""
     min_cohort: Annotated[int, Field(ge=1)] | None = None
-    """least number of results that a round is to be made of; it is the coordinator's word, which this device cannot verify without
-    secure aggregation: it keeps away from small rounds of an honest coordinator, and from no lie"""
+    """least number of results that a round is to be made of; in a secure sum this device sees for itself that they are so many, 3 if
+    nothing is given, because of two each knows the other's; otherwise it is the coordinator's word, which keeps away from small
+    rounds of an honest coordinator, and from no lie"""
+    min_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    """in a secure sum, the least share of those who hold shares of a secret who must reveal them; of a cohort of up to 100 it is more
+    than two thirds, whatever is given"""
     secure_aggregation: bool = False
-    """take part only where the coordinator sees nothing but the sum over a cohort; this release does not have it yet, so that true
-    declines every plan, whatever the coordinator says: updates, statistics, and measurements too, for a loss is computed from the
-    examples, and who may choose the model that is measured can read them out of it"""
+    """take part only where the coordinator sees nothing but the sum over a cohort: of updates, of statistics, and of measurements
+    too, for a loss is computed from the examples, and who may choose the model that is measured can read them out of it"""
     max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """most privacy that may be lost, as ε of differential privacy; this release adds no noise yet, so no ε holds and every plan
     is declined, measurements too, whatever the coordinator says"""
@@ -102,12 +108,20 @@ class Guard(Settings):
             raise Declined(_told("max_epochs", f"{plan.training.epochs} epochs", f"at most {self.max_epochs}"))
         if self.min_cohort is not None and plan.cohort < self.min_cohort:
             raise Declined(_told("min_cohort", f"a cohort of {plan.cohort}", f"at least {self.min_cohort}"))
-        self.check_sending(now, address)
+        self.check_sending(now, address, masked=plan.secure is not None)
 
-    def check_sending(self, now: datetime, address: IPAddress | None) -> None:
+    def floor(self, secure: SecurePlan) -> Floor:
+        """What this device asks of a secure sum, or the coordinator, if that is more."""
+        least = self.min_cohort if self.min_cohort is not None else _LEAST_IN_SUM
+        return Floor(max(least, secure.least_clients, 2), self.min_threshold or 0.0)
+
+    def check_sending(self, now: datetime, address: IPAddress | None, *, masked: bool) -> None:
         """Whether anything that was computed from the examples may leave. Raises Declined: it may not, or as `check_conditions`."""
-        if self.secure_aggregation:
-            raise Declined("this device's guard requires secure_aggregation, which this release of Choral does not have yet")
+        if self.secure_aggregation and not masked:
+            raise Declined(
+                "this device's guard requires secure_aggregation, and the coordinator does not ask for it "
+                "(run.secure_aggregation in its configuration)"
+            )
         if self.max_epsilon is not None:
             raise Declined(
                 f"this device's guard requires differential privacy (max_epsilon: {self.max_epsilon:g}), "

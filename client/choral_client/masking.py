@@ -48,9 +48,13 @@ class Step(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What this device asks, whatever the coordinator says: `least_clients`, two or more, in the sum that is known in the end."""
+    """What this device asks, whatever the coordinator says: `least_clients`, two or more, in the sum that is known in the end.
+
+    `least_share` of the holders of a secret must reveal their shares, or more.
+    """
 
     least_clients: int
+    least_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.least_clients < 2:
@@ -61,7 +65,7 @@ class Floor:
     @property
     def told(self) -> str:
         """For people."""
-        return f"this device asks for {self.least_clients} in a secure sum at least"
+        return f"this device asks for {self.least_clients} in a secure sum at least (min_cohort in its guard)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +217,11 @@ class Masking:
             raise Deceived("the roster does not have this client with the keys that it has shown")
         if len(names) < self._floor.least_clients:
             raise Deceived(f"{len(names)} clients take part; {self._floor.told}")
+        if (shape := roster.shape).threshold < self._floor.least_share * shape.holders:
+            raise Deceived(
+                f"{shape.threshold} of {shape.holders} shares give a secret back; this device asks for a share of "
+                f"{self._floor.least_share:g} (min_threshold in its guard)"
+            )
         if (same := shared_keys(roster.adverts)) is not None:
             raise Deceived(f"{' and '.join(same)} show the same key")
         for one in roster.adverts:

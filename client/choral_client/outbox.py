@@ -73,7 +73,7 @@ class Outbox:
     def __contains__(self, assignment: str) -> bool:
         return self._path(assignment).exists()
 
-    def save(self, parcel: Parcel, payload: Iterable[bytes]) -> tuple[Parcel, Kept]:
+    def save(self, parcel: Parcel, payload: Iterable[bytes | memoryview]) -> tuple[Parcel, Kept]:
         """Keep a result; beyond `KEPT` the oldest goes. Returns it as `load` does: the header has the payload's digest and length.
 
         Raises Declined: the disk is full or cannot be written.
@@ -167,7 +167,7 @@ def _plain(value: object) -> object:
     raise TypeError(f"a {type(value).__name__} in a header")
 
 
-def _write(path: Path, parcel: Parcel, payload: Iterable[bytes]) -> Parcel:
+def _write(path: Path, parcel: Parcel, payload: Iterable[bytes | memoryview]) -> Parcel:
     """Write the payload, and behind it the header, which says what the payload turned out to be."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:

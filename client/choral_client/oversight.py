@@ -56,10 +56,10 @@ class Oversight:
             )
         return guard
 
-    def permit_sending(self) -> None:
+    def permit_sending(self, masked: bool) -> None:
         """Whether a result may leave, also one of an earlier start, whose plan is not known any more. Raises Declined."""
         guard = self._file.current()
-        guard.check_sending(self._now(), self._place(guard))
+        guard.check_sending(self._now(), self._place(guard), masked=masked)
 
     def permit_fetching(self) -> None:
         """Whether a version may be fetched that nobody is asked to work on. Raises Declined."""

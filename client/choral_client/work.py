@@ -18,8 +18,8 @@ from choral.evaluation import evaluate
 from choral.flat import describe
 from choral.metrics import LOSS, Metric
 from choral.plan import Kind, Plan
-from choral.statistics import Moments
 from choral.secagg.summand import Layout, Summand, layout_of
+from choral.statistics import Moments
 from choral.task import Task, user_code
 from numpy.typing import NDArray
 
@@ -53,6 +53,11 @@ class Work:
         self.manifest = describe(self._model)
         self.expected = Expected(self.manifest)
         self._places: dict[str, Place] = {}
+
+    @property
+    def examples(self) -> int:
+        """How many it trains on."""
+        return self._shard.size
 
     def do(
         self,

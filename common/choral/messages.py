@@ -43,8 +43,8 @@ class VersionRef:
 class Hello:
     """Who a client is and what it can work on. `history` is the newest head that it was handed, if it was handed any.
 
-    `codecs` are its abilities to send an update in other ways than as float32 (`codecs.abilities`). How many `examples` it has, this
-    release does not say before there is a result, and in a secure sum not even then.
+    `codecs` are its abilities to send an update in other ways than as float32 (`codecs.abilities`). How many `examples` it has, it
+    does not say before there is a result, and in a secure sum not even then.
     """
 
     protocol_version: int

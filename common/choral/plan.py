@@ -37,9 +37,8 @@ class SecurePlan:
     """How the results of a round are summed so that the coordinator sees the sum alone (`secagg`).
 
     `run` names the run as no other is named; `least_clients` to `most_clients` are in the sum; of the holders of a secret the share
-    `threshold` must reveal, 0: as few as is safe. An update's entries are clipped to `clip`, its Euclidean norm to `max_norm` (0: it
-    is not), and its weight is its examples over `weight_cap`, at most 1; in steps of 2^-`fraction_bits`, modulo
-    2^`ring_bits`.
+    `threshold` must reveal, 0: as few as is safe. An update's entries are clipped to `clip`, its Euclidean norm to `max_norm` (0:
+    not at all), and its weight is its examples over `weight_cap`, at most 1; in steps of 2^-`fraction_bits`, modulo 2^`ring_bits`.
     """
 
     run: str
