@@ -24,8 +24,9 @@ class Deliveries:
     """The results on their way, one task each, and at most as many as the outbox keeps.
 
     `report` tells the coordinator how an assignment goes, if it can hear. `permit` asks the device's guard before each attempt to
-    send whether a result may leave, masked or not, and raises Declined: the result is then forgotten, and not kept for a moment that the guard allows. `on_receipt` is
-    called, in a thread, with what the coordinator says became of an assignment's result, before that is forgotten.
+    send whether a result may leave, masked or not, and raises Declined: the result is then forgotten, and not kept for a moment
+    that the guard allows. `on_receipt` is called, in a thread, with what the coordinator says became of an assignment's result,
+    before that is forgotten.
     """
 
     def __init__(

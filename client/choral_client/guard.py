@@ -81,12 +81,12 @@ class Guard(Settings):
     max_work_s_per_day: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = None
     """longest local work in one day from midnight to midnight, in seconds, all rounds and restarts taken together"""
     min_cohort: Annotated[int, Field(ge=1)] | None = None
-    """least number of results that a round is to be made of; in a secure sum this device sees for itself that they are so many, 3 if
-    nothing is given, because of two each knows the other's; otherwise it is the coordinator's word, which keeps away from small
-    rounds of an honest coordinator, and from no lie"""
+    """least number of results that a round is to be made of; in a secure sum this device sees for itself that they are so many, or
+    3 if nothing is given, because of two each knows the other's; otherwise it is the coordinator's word, which keeps away from
+    small rounds of an honest coordinator, and from no lie"""
     min_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
-    """in a secure sum, the least share of those who hold shares of a secret who must reveal them; of a cohort of up to 100 it is more
-    than two thirds, whatever is given"""
+    """in a secure sum, the least share of those who hold shares of a secret who must reveal them; of a cohort of up to 100 it is
+    more than two thirds, whatever is given"""
     secure_aggregation: bool = False
     """take part only where the coordinator sees nothing but the sum over a cohort: of updates, of statistics, and of measurements
     too, for a loss is computed from the examples, and who may choose the model that is measured can read them out of it"""

@@ -86,6 +86,7 @@ class SumPart:
             if self._heard.get(type(message)) != message:
                 self._masking.end()
                 raise Deceived(_out_of_order(message, kind, type(message) in self._heard))
+            await self.repeat()  # who says it again has not heard the answer
 
 
 def _out_of_order(message: ToSummand, expected: type[Any], again: bool) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import structlog
 from choral.address import HostPort
+from choral.codecs import MASKED
 from choral.durable import write_durably
 from choral.errors import ConfigError, Revoked
 from choral.metrics import LOSS
@@ -99,7 +100,8 @@ async def _work(
     run = await runs.open(now())
     code.rest()
     task = code.blueprint
-    sessions = Sessions(task.task, task.version, task.manifest)
+    needs = {MASKED} if config.run.secure_aggregation is not None else set()
+    sessions = Sessions(task.task, task.version, task.manifest, needs)
     membership = _membership(config, store)
     transfers = Transfers(config.limits.transfer_bytes)
     house = House(store, sessions, transfers, troubles, config.spool_bytes, now)

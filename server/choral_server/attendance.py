@@ -14,6 +14,7 @@ import structlog
 from choral.errors import ConfigError, DatabaseGone, Unreachable, UpdateRefused, WrongState
 from choral.heads import Head, is_genuine
 from choral.messages import ComeBack, Hello, Phase, Receipt, Status, UploadHeader, Welcome
+from choral.sum_messages import FromSummand
 from choral.wire import HEARTBEAT_S
 
 from choral_server.collection import Collection, House
@@ -152,6 +153,11 @@ class Attendance:
             log.warning("client declines", client=session.client, assignment=status.assignment, reason=status.reason)
         if self.collection is not None:
             self.collection.reported(session.client, status)
+
+    def said(self, session: Session, word: FromSummand) -> None:
+        """A client says something in a secure sum."""
+        if self.collection is not None:
+            self.collection.said(session.client, word)
 
     def note_heard(self) -> None:
         """Bring the records up to date: when each session was last heard is noted there only, since heartbeats are many."""

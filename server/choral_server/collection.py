@@ -10,16 +10,20 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 import structlog
-from choral.codecs import Lengths
-from choral.errors import UpdateRefused
+from choral.codecs import MASKED
+from choral.errors import Deceived, UpdateRefused
 from choral.messages import Assignment, Cancel, Phase, Receipt, Status, UploadHeader, Verdict
 from choral.metrics import LOSS
-from choral.plan import Kind, seed_for
+from choral.plan import Kind, digest_of, seed_for
+from choral.secagg.roster import Advert, Terms
+from choral.sum_messages import FromSummand, SumAdvert
 
 from choral_server import cohort
 from choral_server.failpoints import Transition
-from choral_server.intake import Bounds, check_header, payload_bytes
-from choral_server.records import RunRecord
+from choral_server.intake import Bounds, check_header
+from choral_server.masked_sum import MaskedSum
+from choral_server.offload import offload
+from choral_server.records import EventRecord, RunRecord
 from choral_server.rounds import (
     AWAITED,
     ENDED,
@@ -28,6 +32,7 @@ from choral_server.rounds import (
     Announce,
     Answer,
     Arrived,
+    BeginSum,
     DeadlinePassed,
     Event,
     Extend,
@@ -36,13 +41,16 @@ from choral_server.rounds import (
     Overdue,
     Part,
     PartState,
+    Ready,
     Recruited,
     Rejected,
+    Remind,
     Reported,
     Returned,
     Round,
     RoundState,
     Stopped,
+    Summed,
     Upload,
     Withdraw,
     as_kept,
@@ -52,6 +60,7 @@ from choral_server.rounds import (
     without,
 )
 from choral_server.run import Run
+from choral_server.secure_sum import SecureSum
 from choral_server.sessions import Sessions
 from choral_server.spool import DISK, RoundSpool
 from choral_server.standing import consequences
@@ -59,6 +68,7 @@ from choral_server.store import Store
 from choral_server.tally import Tally
 from choral_server.transfers import Transfers
 from choral_server.troubles import Troubles
+from choral_server.unmasking import Unmasking
 
 log = structlog.get_logger()
 _CORRUPT_ATTEMPTS = 5
@@ -78,6 +88,12 @@ class House:
     judging: asyncio.Lock = field(default_factory=asyncio.Lock)
     """held while what a client's results say of it is read, changed and committed"""
 
+    def vouch(self, said: Advert) -> None:
+        """See whether an advert's signing key is the one with which its client has enrolled. Raises Deceived."""
+        member = self.store.members.get(said.client)
+        if member is not None and member.signing_key and member.signing_key != said.key:
+            raise Deceived(f"{said.client} has enrolled with another signing key than it shows in the secure sum: enrol it again")
+
     def eligible(self) -> tuple[str, ...]:
         """Who attends and may be asked."""
         return tuple(name for name in self.sessions.present() if not self.store.clients[name].quarantine)
@@ -90,8 +106,11 @@ class Collection:
         self.run = run
         self.round = round
         self.spool = spool
-        self.tally = Tally(run.aggregate(round.kind), spool, self._payload_bytes().most, house.spool_bytes, house.troubles)
+        aggregate, size_bytes = run.aggregate(round.kind, round.goal), run.payload_bytes(round.kind, "").most
+        self.tally = Tally(aggregate, spool, size_bytes, house.spool_bytes, house.troubles)
         self._house = house
+        self._sum = self._secure_sum(aggregate) if isinstance(aggregate, MaskedSum) else None
+        self._telling: set[asyncio.Task[None]] = set()
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._waiting_for: dict[int, tuple[Upload, asyncio.Future[Receipt]]] = {}
         self._timers: list[asyncio.TimerHandle] = []
@@ -139,7 +158,26 @@ class Collection:
         finally:
             for timer in (*self._timers, *self._away.values()):
                 timer.cancel()
+            if self._sum is not None:
+                self._sum.end()
         return self.round
+
+    def _secure_sum(self, aggregate: MaskedSum) -> SecureSum:
+        run, house, size_bytes = self.run, self._house, self.run.payload_bytes(self.round.kind, MASKED).most
+        plan, settings = run.plan(self.round.kind, self.round.goal, 0), run.settings.secure_aggregation
+        assert plan.secure is not None and settings is not None, "or there would be no masked sum"
+        terms = Terms(plan.secure.run, self.round.number, self.round.parent, digest_of(plan), plan.secure.threshold)
+        return SecureSum(
+            Unmasking(terms, house.vouch, settings.minimum_cohort),
+            self.round.quorum,
+            settings.step_s,
+            self.longest_s,
+            house.sessions.say,
+            lambda: house.transfers.advancing(run.settings.stall_s),
+            lambda mask: offload(size_bytes, aggregate.unmask, mask),
+            lambda: self._tell(Summed()),
+            lambda reason: self._tell(Stopped(reason)),
+        )
 
     def _meet(self) -> None:
         """Tell those who are here of their parts; some may have come or gone while the round was stored or taken up."""
@@ -175,6 +213,10 @@ class Collection:
         else:
             house.store.tell(after)
         self.round = after
+        if self._sum is not None:
+            for part in changed:
+                if part.state is not PartState.ACCEPTED and part.state not in AWAITED | {PartState.READY}:
+                    self._sum.lost(part.client)
 
     async def _act(self, action: Action) -> None:
         match action:
@@ -186,6 +228,13 @@ class Collection:
                 self._answer(upload, receipt)
             case Fold(upload):
                 await self.tally.add(self.round.parts[upload.assignment])
+                if self._sum is not None:
+                    self._sum.sent(upload.client)
+            case BeginSum(parts) if self._sum is not None:
+                log.info("secure sum begins", round=self.round.number, clients=len(parts))
+                self._sum.begin(parts)
+            case Remind(part) if self._sum is not None:
+                self._sum.remind(part.client)
             case Extend():
                 self._later(min(self.run.settings.stall_s, self._extensible_s()), self._deadline)
 
@@ -200,6 +249,8 @@ class Collection:
         if receipt.verdict is not Verdict.ACCEPTED:
             log.warning("upload not counted", client=upload.client, verdict=receipt.verdict.value, reason=receipt.reason)
             self._discard(upload)
+            if self._sum is not None:
+                self._sum.not_taken(upload.client)
         _, waiting = self._waiting_for.pop(id(upload))
         if not waiting.done():  # its call may have broken
             waiting.set_result(receipt)
@@ -291,6 +342,8 @@ class Collection:
                 self._expect_back(client)
             else:
                 self._tell(Overdue(client))
+                if self._sum is not None and self.round.summing:
+                    self._sum.lost(client)
 
         self._away[client] = asyncio.get_running_loop().call_later(self.run.settings.absence_s, overdue)
 
@@ -318,6 +371,39 @@ class Collection:
         part = self.round.parts.get(status.assignment)
         if part is not None and part.client == client:
             self._tell(Reported(status.assignment, status.phase, status.reason))
+            if self._sum is not None and status.phase is Phase.DECLINED and part.state is PartState.ACCEPTED:
+                self._leaves_sum(part, status.reason)
+
+    def _leaves_sum(self, part: Part, reason: str) -> None:
+        """A client whose result is in the sum does not go on: that ends no part, and the operator is told."""
+        assert self._sum is not None, "or nothing was left"
+        self._sum.lost(part.client)
+        now, round = self._house.clock(), self.round
+        event = EventRecord(now, "secure sum left", reason, round.run, round.number, part.client)
+        telling = asyncio.create_task(self._house.store.commit(event))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
+
+    def said(self, client: str, word: FromSummand) -> None:
+        """A client says something in the round's secure sum."""
+        part = self.round.parts.get(word.assignment)
+        if part is None or part.client != client or self._sum is None:
+            return
+        try:
+            if not isinstance(word, SumAdvert):
+                self._sum.take(client, word)
+            elif word.advert.client != client:
+                raise UpdateRefused(f"{client} shows keys that are said to be those of {word.advert.client}")
+            elif part.state in OPEN_PARTS:
+                self._sum.enter(word)
+                self._tell(Ready(part.assignment))
+        except UpdateRefused as error:
+            log.warning("refused in the secure sum", client=client, reason=str(error))
+            self._house.sessions.say(client, Cancel(part.assignment, str(error)))
+            if part.state in OPEN_PARTS:
+                self._tell(Rejected(part.assignment, str(error)))
+            else:
+                self._leaves_sum(part, str(error))
 
     def expel(self, client: str, reason: str) -> None:
         """No result of this client is wanted any more."""
@@ -337,7 +423,9 @@ class Collection:
             return receipt_after(part)
         try:
             measured = (LOSS, *self.run.model.blueprint.metrics)
-            check_header(header, self.round.kind, part.codec, self._payload_bytes(part.codec), measured)
+            check_header(header, self.round.kind, part.codec, self.run.payload_bytes(self.round.kind, part.codec), measured)
+            if self._sum is not None:
+                self._sum.expects(header.client)
         except UpdateRefused as error:
             self.reject(header, str(error))
             raise
@@ -353,6 +441,12 @@ class Collection:
         if self.round.state is not RoundState.OPEN:
             self._discard(upload)
             return receipt_after(self.round.parts[upload.assignment])
+        if self._sum is not None:
+            try:
+                self._sum.taking(upload.client)
+            except UpdateRefused as error:
+                self._discard(upload)
+                return Receipt(Verdict.LATE, str(error))
         receipt: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
         self._waiting_for[id(upload)] = upload, receipt
         self._inbox.put_nowait(Arrived(upload))
@@ -372,10 +466,6 @@ class Collection:
             told = f"the result of {header.client} arrived damaged {attempts} times, the last time because {reason}"
             self.reject(header, told)
             raise UpdateRefused(told)
-
-    def _payload_bytes(self, codec: str = "") -> Lengths:
-        """The length of a result of this round; of one that is not encoded, if no codec is given."""
-        return payload_bytes(self.round.kind, self.run.model.manifest.size, self.run.model.features, codec)
 
 
 def assignment_id(run: RunRecord, number: int, client: str) -> str:

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from choral.address import Address, HostPort
-from choral.codecs import LARGEST_SHARE, LEAST_SHARE, Codec, TopK, Zstd, abilities, parse
+from choral.codecs import FLOAT32, LARGEST_SHARE, LEAST_SHARE, Codec, TopK, Zstd, abilities, parse
 from choral.config import Settings, read
 from choral.names import ALLOWED, is_name
 from choral.plan import Training
 from choral.wire import CHUNK_BYTES, MESSAGE_BYTES
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from choral_server.objective import Objective
 from choral_server.schedule import Schedule
+from choral_server.secure_aggregation import SecureAggregation, switched
 from choral_server.strategies import ServerOptimizer
 
 FilePath = Annotated[Path, Field(strict=False)]
 Seconds = Annotated[float, Field(gt=0, le=31_536_000, allow_inf_nan=False)]
 _TOPK_SHARE = 0.05
+_WEIGHT_CAP, _SECURE_WEIGHT_CAP = 2**20, 2**12  # examples
 
 
 def _name(value: str) -> str:
@@ -201,8 +203,9 @@ class RunSettings(Settings):
     """largest Euclidean norm of an update that is accepted; any, if not given"""
     quarantine_after: Annotated[int, Field(ge=1)] | None = 3
     """results refused in a row after which a client is quarantined until an operator releases it; null: never"""
-    weight_cap: Annotated[int, Field(ge=1, le=2**40)] = 2**20
-    """examples at which a client's weight is capped"""
+    weight_cap: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    """examples at which a client's weight is capped; 1048576 if not given, or 4096 with secure aggregation, which in 32 bits cannot
+    tell a client with few examples as finely beside one with many"""
     max_abandoned: Annotated[int, Field(ge=1)] = 10
     """abandoned rounds in a row after which the run stops and waits for an operator"""
     retry_s: Annotated[float, Field(ge=0, le=86_400)] = 1.0
@@ -219,6 +222,16 @@ class RunSettings(Settings):
     """which version is best, and early stopping"""
     compression: Compression = Compression()
     """in how few bytes updates and versions are sent"""
+    secure_aggregation: Annotated[SecureAggregation | None, BeforeValidator(switched)] = None
+    """sum results so that the coordinator sees nothing but the sum: true, or what is to differ from the defaults; false or nothing
+    given, each is sent as it is"""
+
+    @property
+    def cap(self) -> int:
+        """The weight cap in force."""
+        if self.weight_cap is not None:
+            return self.weight_cap
+        return _WEIGHT_CAP if self.secure_aggregation is None else _SECURE_WEIGHT_CAP
 
     @property
     def needed(self) -> int:
@@ -234,6 +247,13 @@ class RunSettings(Settings):
                 "max_update_norm contradicts compression.upload: topk, whose updates carry what earlier ones left out, too, and "
                 "may be longer than any that was trained: remove max_update_norm, or take upload: int8"
             )
+        if (secure := self.secure_aggregation) is not None:
+            if self.compression.codec is not FLOAT32:
+                raise ValueError(
+                    f"compression.upload: {self.compression.codec.name} contradicts secure_aggregation: masks do not cancel in "
+                    "what is rounded or left out: remove it; compression.download goes with it"
+                )
+            secure.must_suit(self.cohort_size, self.needed, self.cap)
         return self
 
 

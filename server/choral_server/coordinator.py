@@ -21,7 +21,6 @@ from choral_server.database import SUBJECT as DATABASE
 from choral_server.diagnosis import Condition
 from choral_server.failpoints import Transition
 from choral_server.herald import Herald
-from choral_server.intake import payload_bytes
 from choral_server.pace import Rhythm
 from choral_server.patience import patiently
 from choral_server.places import Places
@@ -29,6 +28,7 @@ from choral_server.records import EventRecord, RunState
 from choral_server.rounds import OPEN_PARTS, Part, Parts, PartState, Round, RoundState, discarded
 from choral_server.run import ARTIFACTS, Run
 from choral_server.schedule import next_due
+from choral_server.secure_aggregation import LARGEST_COHORT
 from choral_server.spool import DISK, Spool
 from choral_server.standing import consequences
 from choral_server.state_folder import lock_of
@@ -36,6 +36,7 @@ from choral_server.state_folder import lock_of
 log = structlog.get_logger()
 RESTART_S = 2.0  # when clients come back after a coordinator that was told to end
 _LATELY = 3  # rounds
+_ANEW = "the coordinator was started again, and of a secure sum nothing is kept: the round is done anew, with other keys"
 _STANDSTILL_S = 60.0  # when clients for which there is no place look again while no round will open by itself
 _LOOK_AGAIN_S = 2.0  # how often a full disk is looked at
 
@@ -117,6 +118,8 @@ class Coordinator:
                 await self._measure(run)  # the earlier process may not have got round to it
         elif not run.active:
             await self._give_up(run, unfinished, run.record.reason)
+        elif unfinished.masked or run.settings.secure_aggregation is not None:
+            await self._give_up(run, unfinished, _ANEW)
         else:
             log.info("round taken up", run=run.record.name, round=unfinished.number, state=unfinished.state.value)
             await run.save(state=RunState.IN_ROUND, reason="")
@@ -179,8 +182,8 @@ class Coordinator:
             return (
                 f"{self._state} is gone, or not the folder that it was at the start: put it back, or stop and start the coordinator"
             )
-        settings, model = self.run.settings, self.run.model
-        upload = payload_bytes(Kind.TRAINING, model.manifest.size, model.features).most  # of a client that cannot compress
+        settings = self.run.settings
+        upload = self.run.payload_bytes(Kind.TRAINING, "").most  # of a client that cannot compress
         asked = cohort.selected(settings.cohort_size, settings.over_selection)
         needed = disk.needed_bytes(asked, upload, self._house.spool_bytes, self.run.version.size_bytes)
         return disk.shortage(self._state, needed)
@@ -248,6 +251,9 @@ class Coordinator:
         else:  # statistics and the last measurement come from everyone who is here
             size = goal = len(present)
             quorum = quorum if kind is Kind.STATISTICS else 1
+            if (secure := settings.secure_aggregation) is not None:
+                size = goal = min(goal, LARGEST_COHORT)
+                quorum = max(quorum, secure.minimum_cohort)
         chosen = cohort.choose(settings.seed, number, present, size)
         offered = self._house.sessions.codecs
         parts = Parts(Part(assignment_id(record, number, name), name, codec=run.codec(kind, offered(name))) for name in chosen)

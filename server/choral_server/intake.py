@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from choral import codecs
-from choral.codecs import Lengths, Vector
+from choral.codecs import MASKED, Lengths, Vector
 from choral.errors import InvalidMessage, UpdateRefused
 from choral.messages import UploadHeader
 from choral.metrics import Metric
@@ -55,6 +55,12 @@ def check_header(header: UploadHeader, kind: Kind, codec: str, expected: Lengths
         raise UpdateRefused(f"{header.client} sends its result as {header.codec or _PLAIN}; {codec or _PLAIN} was asked for")
     if header.payload_bytes not in expected:
         raise UpdateRefused(f"{header.client} announces {header.payload_bytes} bytes; the model's result has {expected}")
+    if codec == MASKED:
+        if header.examples or header.held_out or header.work:
+            raise UpdateRefused(
+                f"{header.client} tells numbers of its own beside a masked result, where only their sums may appear"
+            )
+        return
     if not 1 <= header.examples <= MAX_EXAMPLES:
         raise UpdateRefused(f"{header.client} claims {header.examples} examples; 1 to {MAX_EXAMPLES} are allowed")
     _check_metrics(header.client, header.held_out, metrics)
@@ -84,6 +90,8 @@ def digest_of(path: Path) -> bytes:
 
 def check_payload(header: UploadHeader, path: Path, bounds: Bounds) -> None:
     """Refuse what must not be aggregated. Raises UpdateRefused: not finite, out of bounds, or no valid statistics."""
+    if header.codec == MASKED:
+        return  # nothing can be told from it alone
     if header.kind is Kind.TRAINING:
         try:
             _check_delta(header.client, decoded(path, header.codec, bounds.size), bounds)

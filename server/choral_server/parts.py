@@ -16,6 +16,7 @@ class PartState(enum.Enum):
     ANNOUNCED = "announced"
     DOWNLOADING = "downloading"
     WORKING = "working"
+    READY = "ready"
     UPLOADING = "uploading"
     ABSENT = "absent"
     GONE = "gone"
@@ -27,7 +28,7 @@ class PartState(enum.Enum):
 
 AT_WORK = frozenset({PartState.ANNOUNCED, PartState.DOWNLOADING, PartState.WORKING, PartState.UPLOADING})
 AWAITED = AT_WORK | {PartState.ABSENT}
-OPEN_PARTS = AWAITED | {PartState.GONE}
+OPEN_PARTS = AWAITED | {PartState.READY, PartState.GONE}
 
 
 @dataclass(frozen=True, slots=True)

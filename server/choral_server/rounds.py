@@ -2,7 +2,8 @@
 
 A part, one client's share of the round, moves through these states; once it has ended, no event changes it:
 
-    announced ─ downloading ─ working ─ uploading ──▶ accepted     a verified result arrived
+    announced ─ downloading ─ working ─ uploading ──▶ accepted     a verified result arrived; in a secure sum the part is
+        │           │            │          │                      `ready` in between, and waits for the others'
         │           └────────────┴──────────┴───────▶ declined     the client will not do it
         │                                        └──▶ refused      the result cannot count
         └──▶ absent ──▶ announced                                  the client left; it came back
@@ -19,6 +20,10 @@ results give has been published:
       └────────┴──────▶ abandoned
 
 At the deadline, parts whose transfer advances may end it; all others that are still open are cut off.
+
+A round whose results are summed securely has two halves. In the first, a client whose result is done shows its keys: its part is
+`ready`, and goal, quorum and deadline are about those. With them the sum begins (`summing`); everybody else's part ends. In the
+second half masked results are accepted, and `secure_sum` decides when it is over: with the event Summed, or Stopped.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from choral.codecs import MASKED
 from choral.messages import Phase, Receipt, Verdict
 from choral.metrics import Metric
 from choral.plan import Kind
@@ -54,6 +60,7 @@ class RoundState(enum.Enum):
 
 
 _NAMED = 10  # clients named in a reason
+_DONE = PartState.READY, PartState.ACCEPTED
 ENDED = frozenset({RoundState.DONE, RoundState.ABANDONED})
 
 
@@ -61,7 +68,8 @@ ENDED = frozenset({RoundState.DONE, RoundState.ABANDONED})
 class Round:
     """A round: `parts` by assignment (any mapping becomes `Parts`), `goal` and `quorum` in results, `duration_s` once it is over.
 
-    `plan` is the digest of what all its clients are asked, `parent` that of the version that it starts from.
+    `plan` is the digest of what all its clients are asked, `parent` that of the version that it starts from. `summing` says that
+    its secure sum has begun, which a restart undoes.
     """
 
     run: str
@@ -77,6 +85,7 @@ class Round:
     duration_s: float = 0.0
     plan: bytes = b""
     parent: bytes = b""
+    summing: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.parts, Parts):
@@ -85,6 +94,11 @@ class Round:
     def count(self, *states: PartState) -> int:
         """How many parts are in one of these states."""
         return self.parts.count(*states)
+
+    @property
+    def masked(self) -> bool:
+        """Whether its results are summed securely."""
+        return any(part.codec == MASKED for part in self.parts.values())
 
     def part_of(self, client: str) -> Part | None:
         """The client's part, if it has one."""
@@ -107,7 +121,7 @@ class Upload:
 
 def outstanding(round: Round) -> str:
     """Client by client, those without an accepted result, and why; of many the first ones, since each of them may be told."""
-    rest = [part for part in round.parts.values() if part.state is not PartState.ACCEPTED]
+    rest = [part for part in round.parts.values() if part.state not in _DONE]
     told = [f"{part.client} {part.state.value}" + (f" ({part.reason})" if part.reason else "") for part in rest[:_NAMED]]
     return "; ".join(told) + (f"; and {len(rest) - _NAMED} more" if len(rest) > _NAMED else "")
 
@@ -159,6 +173,18 @@ class Reported:
     assignment: str
     phase: Phase
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A client's result is done, and it has shown its keys for the secure sum."""
+
+    assignment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """The masks are off the sum of the accepted results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +245,7 @@ class Stopped:
     reason: str
 
 
-Event = Reported | Arrived | Rejected | Left | Overdue | Returned | Recruited | DeadlinePassed | Stopped
+Event = Reported | Ready | Summed | Arrived | Rejected | Left | Overdue | Returned | Recruited | DeadlinePassed | Stopped
 
 
 # Actions
@@ -248,6 +274,20 @@ class Fold:
 
 
 @dataclass(frozen=True, slots=True)
+class BeginSum:
+    """Lead these parts, which are ready, through the secure sum."""
+
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Remind:
+    """Say again to a client in the secure sum what it is waiting for: it was away."""
+
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
 class Withdraw:
     """Tell the client that its part is no longer wanted."""
 
@@ -259,7 +299,7 @@ class Extend:
     """Look again soon whether the transfers that were advancing at the deadline have ended or stand still."""
 
 
-Action = Announce | Answer | Fold | Withdraw | Extend
+Action = Announce | Answer | Fold | BeginSum | Remind | Withdraw | Extend
 Step = tuple[Round, tuple[Action, ...]]
 
 
@@ -274,7 +314,20 @@ def _reported(round: Round, event: Reported) -> Step:
     part = round.parts.get(event.assignment)
     if part is None or part.state not in OPEN_PARTS:
         return round, ()
+    if round.summing and event.phase is not Phase.DECLINED:
+        return round, ()  # it is ready until its result has arrived
     return _with(round, replace(part, state=PartState(event.phase.value), reason=event.reason)), ()
+
+
+def _ready(round: Round, event: Ready) -> Step:
+    part = round.parts.get(event.assignment)
+    if part is None or part.state not in OPEN_PARTS or round.summing or round.state is not RoundState.OPEN:
+        return round, ()
+    return _with(round, replace(part, state=PartState.READY, reason="")), ()
+
+
+def _summed(round: Round, event: Summed) -> Step:
+    return _close(round, RoundState.CLOSED, "the masks are off the sum")
 
 
 def _arrived(round: Round, event: Arrived) -> Step:
@@ -307,20 +360,22 @@ def _rejected(round: Round, event: Rejected) -> Step:
 
 def _left(round: Round, event: Left) -> Step:
     part = round.part_of(event.client)
-    if part is None or part.state not in AT_WORK:
+    if part is None or part.state not in AT_WORK | {PartState.READY} or round.summing:
         return round, ()
     return _with(round, replace(part, state=PartState.ABSENT, reason="the client left")), ()
 
 
 def _overdue(round: Round, event: Overdue) -> Step:
     part = round.part_of(event.client)
-    if part is None or part.state is not PartState.ABSENT:
+    if part is None or part.state is not (PartState.READY if round.summing else PartState.ABSENT):
         return round, ()
-    return _with(round, replace(part, state=PartState.GONE)), ()
+    return _with(round, replace(part, state=PartState.GONE, reason="the client left")), ()
 
 
 def _returned(round: Round, event: Returned) -> Step:
     part = round.part_of(event.client)
+    if part is not None and round.summing:
+        return round, (Remind(part),)
     if part is None or part.state not in OPEN_PARTS:
         return round, ()
     back = replace(part, state=PartState.ANNOUNCED, reason="")
@@ -328,19 +383,21 @@ def _returned(round: Round, event: Returned) -> Step:
 
 
 def _recruited(round: Round, event: Recruited) -> Step:
-    if round.state is not RoundState.OPEN or event.part.assignment in round.parts:
+    if round.state is not RoundState.OPEN or round.summing or event.part.assignment in round.parts:
         return round, ()
     return _with(round, event.part), (Announce(event.part),)
 
 
 def _deadline_passed(round: Round, event: DeadlinePassed) -> Step:
     why = f"the deadline of {event.deadline_s:g} s passed"
+    if round.summing:
+        return round, ()  # whose steps have times of their own
     advancing = {part.assignment for part in round.parts.values() if part.state in OPEN_PARTS} & event.advancing
     if advancing and round.state is RoundState.OPEN:
         cut, withdrawals = _cancel(round, why, spared=advancing)
         return cut, (*withdrawals, Extend())
-    if round.count(PartState.ACCEPTED) >= round.quorum:
-        return _close(round, RoundState.CLOSED, why)
+    if round.count(*_DONE) >= round.quorum:
+        return _enough(round, why)
     return _close(round, RoundState.ABANDONED, f"{why}: {_missing(round)}")
 
 
@@ -350,6 +407,8 @@ def _stopped(round: Round, event: Stopped) -> Step:
 
 _HANDLERS: dict[type[Any], Callable[[Round, Any], Step]] = {
     Reported: _reported,
+    Ready: _ready,
+    Summed: _summed,
     Arrived: _arrived,
     Rejected: _rejected,
     Left: _left,
@@ -362,17 +421,27 @@ _HANDLERS: dict[type[Any], Callable[[Round, Any], Step]] = {
 
 
 def _settle(round: Round) -> Step:
-    """Close the round if its fate is decided."""
-    if round.state is not RoundState.OPEN:
+    """Close the round, or begin with its sum, if its fate is decided."""
+    if round.state is not RoundState.OPEN or round.summing:
         return round, ()
-    accepted = round.count(PartState.ACCEPTED)
-    if accepted >= round.goal:
-        return _close(round, RoundState.CLOSED, "the goal was reached")
-    if accepted + round.count(*OPEN_PARTS) < round.quorum:
+    done = round.count(*_DONE)
+    if done >= round.goal:
+        return _enough(round, "the goal was reached")
+    if done + round.count(*AWAITED, PartState.GONE) < round.quorum:
         return _close(round, RoundState.ABANDONED, _missing(round))
-    if accepted >= round.quorum and round.count(*AWAITED) == 0:
-        return _close(round, RoundState.CLOSED, "everyone still here had answered")
+    if done >= round.quorum and round.count(*AWAITED) == 0:
+        return _enough(round, "everyone still here had answered")
     return round, ()
+
+
+def _enough(round: Round, why: str) -> Step:
+    """There are enough results: the round closes; or its secure sum begins, with those who are ready."""
+    ready = tuple(part for part in round.parts.values() if part.state is PartState.READY)
+    if not ready:
+        return _close(round, RoundState.CLOSED, why)
+    others = f"the sum of round {round.number} began without it: {why}"
+    cut, withdrawals = _cancel(round, others, spared=frozenset(part.assignment for part in ready))
+    return replace(cut, summing=True), (*withdrawals, BeginSum(ready))
 
 
 def _close(round: Round, state: RoundState, why: str) -> Step:
@@ -394,7 +463,8 @@ def _cancel(round: Round, why: str, spared: AbstractSet[str] = frozenset()) -> S
 
 def _missing(round: Round) -> str:
     """Why there is no quorum."""
-    return f"quorum of {round.quorum} missed with {round.count(PartState.ACCEPTED)} accepted: {outstanding(round)}"
+    done = f"{round.count(*_DONE)} {'ready' if round.masked else 'accepted'}"
+    return f"quorum of {round.quorum} missed with {done}: {outstanding(round)}"
 
 
 def _with(round: Round, part: Part) -> Round:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from choral.codecs import negotiated
+from choral.codecs import MASKED, Lengths, negotiated
 from choral.errors import ConfigError, TaskProcessGone, UnknownVersion
 from choral.forms import rounded_names
 from choral.messages import VersionRef
-from choral.metrics import Metric, weighted_mean
+from choral.metrics import LOSS, Metric, weighted_mean
 from choral.plan import Kind, Plan, digest_of
-from choral.statistics import merge_all
+from choral.secagg.summand import Layout, layout_of
 from numpy.typing import NDArray
 
 from choral_server import objective
@@ -29,6 +29,8 @@ from choral_server.config import ServerConfig
 from choral_server.failpoints import Transition
 from choral_server.global_model import GlobalModel
 from choral_server.intake import digest_of as digest_of_file
+from choral_server.intake import payload_bytes
+from choral_server.masked_sum import MaskedSum
 from choral_server.offload import offload
 from choral_server.optimizer_state import OptimizerState, StateWriter
 from choral_server.patience import STORES, patiently
@@ -41,7 +43,7 @@ from choral_server.task_code import TaskCode
 from choral_server.troubles import Troubles
 from choral_server.version_forms import VersionForms
 
-Aggregate = WeightedSum | StatisticsSum | None
+Aggregate = WeightedSum | StatisticsSum | MaskedSum | None
 ARTIFACTS, EVALUATION = "artifacts", "evaluation"
 _NAMED = 10  # versions named in a message
 
@@ -172,35 +174,61 @@ class Run:
 
     def plan(self, kind: Kind, goal: int, seed: int) -> Plan:
         """What a client is asked to do in a round of this kind that is to be made of `goal` results."""
-        evaluate = kind is not Kind.STATISTICS and self.clients_measure
-        return Plan(kind, self.record.task, self.record.task_version, self.training, seed, evaluate, goal)
+        evaluate, secure = kind is not Kind.STATISTICS and self.clients_measure, None
+        if (settings := self.settings.secure_aggregation) is not None:
+            name = f"{self.record.name}/{self.record.nonce}"
+            secure = settings.plan(name, goal, self.settings.cap, self.settings.max_update_norm)
+        return Plan(kind, self.record.task, self.record.task_version, self.training, seed, evaluate, goal, secure)
+
+    def layout(self, plan: Plan) -> Layout:
+        """How a result that is summed securely is laid out."""
+        return layout_of(plan, self.model.manifest.size, self.model.features, self.metrics)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What clients measure."""
+        return (LOSS, *self.model.blueprint.metrics)
 
     def plan_digest(self, kind: Kind, goal: int) -> bytes:
         """SHA-256 of what all clients of a round are asked."""
         return digest_of(self.plan(kind, goal, 0))
 
     def codec(self, kind: Kind, offered: Collection[str]) -> str:
-        """How a client with these abilities encodes its result; empty: it sends no update, which alone is ever encoded."""
+        """How a client with these abilities sends its result; empty: as it is."""
+        if self.settings.secure_aggregation is not None:
+            return MASKED
         return negotiated(self.settings.compression.codec, offered).name if kind is Kind.TRAINING else ""
 
-    def aggregate(self, kind: Kind) -> Aggregate:
-        """An empty aggregate for a round of this kind, of which there is one at a time."""
+    def payload_bytes(self, kind: Kind, codec: str) -> Lengths:
+        """How long a result may be; of one that is not encoded, if no codec is given, unless all are masked."""
+        if self.settings.secure_aggregation is not None and codec in ("", MASKED):
+            length = self.layout(self.plan(kind, self.settings.secure_aggregation.minimum_cohort, 0)).payload_bytes
+            return Lengths(length, length)
+        return payload_bytes(kind, self.model.manifest.size, self.model.features, codec)
+
+    def aggregate(self, kind: Kind, goal: int) -> Aggregate:
+        """An empty aggregate for a round of this kind that is to be made of `goal` results; there is one at a time."""
+        plan, settings = self.plan(kind, goal, 0), self.settings.secure_aggregation
+        if settings is not None and plan.secure is not None:
+            return MaskedSum(self.layout(plan), settings.scale(goal), plan.secure, self.metrics)
         if kind is Kind.TRAINING:
-            self._sum = self._sum or WeightedSum(self.model.manifest.size, self.settings.weight_cap)
+            self._sum = self._sum or WeightedSum(self.model.manifest.size, self.settings.cap)
             return self._sum.emptied()
         return StatisticsSum() if kind is Kind.STATISTICS else None
 
-    def make_version(self, aggregate: WeightedSum | StatisticsSum, weights: Path, state: Path) -> bytes:
+    def make_version(self, kind: Kind, aggregate: WeightedSum | StatisticsSum | MaskedSum, weights: Path, state: Path) -> bytes:
         """Write the next version, and the optimizer's state, from what a round collected; the version's SHA-256.
 
         Goes through the model in blocks: neither the present weights nor the next are ever whole in memory. Slow for large models:
         call it in a thread. Raises OSError.
         """
         metadata = self._metadata(self.record.latest + 1)
-        if isinstance(aggregate, StatisticsSum):
+        if kind is Kind.STATISTICS:
+            assert not isinstance(aggregate, WeightedSum), "which is of updates"
             if self._state is not None:
                 self._state.copy(state)
-            return self.model.write_standardized(weights, metadata, merge_all(aggregate.parts()))
+            return self.model.write_standardized(weights, metadata, aggregate.moments())
+        assert not isinstance(aggregate, StatisticsSum), "which is of statistics"
         with StateWriter(state, self.model.manifest.size) as writer:
 
             def next_weights(present: NDArray[np.float32], start: int) -> NDArray[np.float32]:
@@ -229,18 +257,21 @@ class Run:
     async def settle(self, closed: Round, aggregate: Aggregate, now: datetime) -> Round:
         """Use what a closed round collected: publish its version, if it makes one, and what clients measured; in one commit."""
         accepted = [part for part in closed.parts.values() if part.state is PartState.ACCEPTED]
-        cap = self.settings.weight_cap
-        held_out = [replace(m, examples=min(m.examples, cap)) for part in accepted for m in part.held_out]
-        progress, before = self._judged("clients", weighted_mean(held_out))
+        cap = self.settings.cap
+        if isinstance(aggregate, MaskedSum):
+            measured = aggregate.held_out()
+        else:
+            measured = weighted_mean(replace(m, examples=min(m.examples, cap)) for part in accepted for m in part.held_out)
+        progress, before = self._judged("clients", measured)
         done = published(closed)
         parent = Origin(closed.run, closed.version, closed.parent)
-        if aggregate is None:
+        if aggregate is None or closed.kind is Kind.EVALUATION:
             await self._commit(lambda record: replace(record, progress=progress), Transition.VERSION_PUBLISHED, before, done)
             self.current = before
             return done
         training, statistics = closed.kind is Kind.TRAINING, closed.kind is Kind.STATISTICS
         await self._publish(
-            lambda weights, state: offload(self.version.size_bytes, self.make_version, aggregate, weights, state),
+            lambda weights, state: offload(self.version.size_bytes, self.make_version, closed.kind, aggregate, weights, state),
             lambda record: replace(
                 record,
                 progress=progress,

@@ -26,6 +26,7 @@ from choral.errors import (
 from choral.frames import Piece
 from choral.messages import ComeBack, Hello, Receipt, Status, UploadHeader, Verdict, Welcome
 from choral.status import abort
+from choral.sum_messages import SumAdvert, SumRevealed, SumShares, SumSignature
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import federation_pb2_grpc
 
@@ -192,6 +193,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):
                         self._attendance.reported(session, status)
                     case Hello():
                         raise InvalidMessage("a second hello on one stream")
+                    case SumAdvert() | SumShares() | SumSignature() | SumRevealed() as word:
+                        self._attendance.said(session, word)
         finally:
             silence.end()
 

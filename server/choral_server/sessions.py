@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Set
 from dataclasses import dataclass, field
 
-from choral.errors import InvalidMessage, ManifestMismatch, NameTaken, TaskMismatch
+from choral.errors import InvalidMessage, ManifestMismatch, NameTaken, ProtocolMismatch, TaskMismatch
 from choral.heads import Head
 from choral.manifest import Manifest, first_difference
 from choral.messages import FromCoordinator, Hello
@@ -58,9 +58,10 @@ class Session:
 
 
 class Sessions:
-    """The open streams by client name, for clients of one task."""
+    """The open streams by client name, for clients of one task, which must offer what it `needs` (`Hello.codecs`)."""
 
-    def __init__(self, task: str, task_version: str, manifest: Manifest) -> None:
+    def __init__(self, task: str, task_version: str, manifest: Manifest, needs: Set[str] = frozenset()) -> None:
+        self._needs = needs
         self._task = task
         self._task_version = task_version
         self._manifest = manifest
@@ -140,7 +141,10 @@ class Sessions:
         await self._empty.wait()
 
     def check(self, hello: Hello) -> None:
-        """See whether this client can take part. Raises InvalidMessage, TaskMismatch, ManifestMismatch or NameTaken."""
+        """See whether this client can take part.
+
+        Raises InvalidMessage, TaskMismatch, ManifestMismatch, ProtocolMismatch or NameTaken.
+        """
         if not is_name(hello.client):
             raise InvalidMessage(f"client name {hello.client[:80]!r}: use {ALLOWED}")
         if hello.task != self._task:
@@ -156,8 +160,11 @@ class Sessions:
                 f"the model of client {hello.client} is not the coordinator's: {difference}: "
                 "install the same version of the task's code"
             )
-        if hello.examples < 1:
-            raise InvalidMessage(f"client {hello.client} has {hello.examples} examples; at least 1 is needed")
+        if missing := self._needs - set(hello.codecs):
+            raise ProtocolMismatch(
+                f"this coordinator sums results securely, and client {hello.client} does not offer {', '.join(sorted(missing))}: "
+                "install the same release of Choral there"
+            )
         before = self._open.get(hello.client)
         if before is not None and before.instance != hello.instance:
             raise NameTaken(f"a client named {hello.client} attends already, from {before.address}: give this one another name")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from choral.statistics import Moments
+from choral.statistics import Moments, merge_all
 
 from choral_server.rounds import Part
 
@@ -20,6 +20,6 @@ class StatisticsSum:
         """Add the statistics in the file at `path`, the accepted result of `part`."""
         self._parts[part.client] = Moments.from_vector(np.fromfile(path, dtype="<f8"))
 
-    def parts(self) -> list[Moments]:
-        """The moments, in the order of the clients' names."""
-        return [self._parts[client] for client in sorted(self._parts)]
+    def moments(self) -> Moments:
+        """Of all clients' examples together."""
+        return merge_all(self._parts[client] for client in sorted(self._parts))

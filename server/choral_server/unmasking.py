@@ -65,6 +65,16 @@ class Unmasking:
         self._points |= points(said.shown)
         self._adverts[said.client] = said
 
+    def retract(self, client: str) -> None:
+        """A client does not take part after all, or will show other keys."""
+        if self._roster is None and (said := self._adverts.pop(client, None)) is not None:
+            self._points -= points(said.shown)
+
+    @property
+    def advertised(self) -> Set[str]:
+        """Who has shown keys."""
+        return self._adverts.keys()
+
     def close_adverts(self) -> Roster:
         """Who takes part, from now on. Raises TooFew."""
         if len(self._adverts) < self._least:
@@ -89,6 +99,15 @@ class Unmasking:
         if any(len(content) != SEALED_BYTES for content in sealed.values()):
             raise UpdateRefused(f"{client} sends shares that are not of {SEALED_BYTES} bytes")
         self._sealed[client] = dict(sealed)
+
+    def close_shares(self) -> None:
+        """Nobody else sends shares. Raises TooFew: no client would send a masked update."""
+        least = self.roster.shape.threshold
+        for one in self._sealed:
+            if (count := sum(holder in self._sealed for holder in self.roster.holders(one))) < least:
+                raise TooFew(f"{count} of the {self.roster.shape.holders} who hold shares of {one} have sent shares; {least} must")
+        if not self._sealed:
+            raise TooFew("nobody has sent shares")
 
     def shares_for(self, client: str) -> dict[str, bytes]:
         """What was sealed for a client, by those who go on: from now on nobody else does. Raises UpdateRefused: it has no part."""

@@ -1,0 +1,74 @@
+"""Whether and how results are summed so that the coordinator sees the sum alone: the part of the configuration that says so."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from choral.config import Settings
+from choral.errors import ConfigError
+from choral.plan import SecurePlan
+from choral.secagg.fixed_point import FixedPoint, fixed_point
+from choral.secagg.graph import shape_of
+from pydantic import Field
+
+LARGEST_COHORT = 1000  # clients: each is told of all the others
+FEW = 5  # clients: fewer are warned of
+_RESOLVED_BITS = 8  # how finely the update of a client with one example is told, below the clip
+
+
+class SecureAggregation(Settings):
+    """Masks that cancel in the sum. What is derived is safe; what is given and is not is refused."""
+
+    minimum_cohort: Annotated[int, Field(ge=2, le=LARGEST_COHORT)] = 3
+    """fewest clients in a sum; with 2, each of them knows the other's part, and both devices must allow it in their guards"""
+    threshold: Annotated[float, Field(gt=2 / 3, le=1)] | None = None
+    """share of those who hold shares of a secret who must reveal them, for cohorts of up to 100; just over two thirds, which is the
+    least that is safe and survives the most dropouts, if not given"""
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+    """largest magnitude of an entry of an update; what is beyond is cut off on the device, and it is told how many did so"""
+    ring_bits: Literal[32, 64] = 32
+    """bits of each entry of a sum; 64 doubles the upload and rounds as little as without secure aggregation"""
+    fraction_bits: int | None = None
+    """bits behind the point; as many as a sum of cohort_size clients cannot overflow with, if not given"""
+    step_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 30.0
+    """seconds that clients have for each step once the round's results are ready; an upload that advances may take longer"""
+
+    def scale(self, clients: int) -> FixedPoint:
+        """How entries are rounded in a sum of so many. Raises ConfigError, with the arithmetic."""
+        return fixed_point(clients, self.clip, self.ring_bits, self.fraction_bits)
+
+    def plan(self, run: str, clients: int, weight_cap: int, max_norm: float | None) -> SecurePlan:
+        """What the clients of a round of at most so many are told."""
+        bits = self.scale(clients).fraction_bits
+        share, norm = self.threshold or 0.0, max_norm or 0.0
+        return SecurePlan(run, self.minimum_cohort, clients, share, self.clip, bits, self.ring_bits, weight_cap, norm)
+
+    def must_suit(self, cohort_size: int, quorum: int, weight_cap: int) -> None:
+        """Raises ValueError, with the arithmetic: a round of this size cannot be summed so, or not safely, or not well."""
+        if cohort_size > LARGEST_COHORT:
+            raise ValueError(
+                f"secure_aggregation sums {LARGEST_COHORT} clients at the most, and cohort_size is {cohort_size}: lower that"
+            )
+        if quorum < self.minimum_cohort:
+            raise ValueError(
+                f"a sum of {quorum} clients (quorum, or cohort_size) is less than secure_aggregation.minimum_cohort "
+                f"{self.minimum_cohort}: raise the one, or lower the other; below 3 it hides nothing from the other client"
+            )
+        try:
+            scale = self.scale(cohort_size)
+            shape_of(cohort_size, self.threshold or 0.0)
+        except ConfigError as error:
+            raise ValueError(f"secure_aggregation: {error}") from None
+        steps = self.clip * 2.0**scale.fraction_bits
+        if weight_cap * 2**_RESOLVED_BITS > steps:
+            raise ValueError(
+                f"weight_cap {weight_cap} with secure_aggregation: a client with one example weighs 1/{weight_cap}, and clip "
+                f"{self.clip:g} with {scale.fraction_bits} bits behind the point has {steps:.0f} steps, which leaves it "
+                f"{steps / weight_cap:.3g} of them; at least {2**_RESOLVED_BITS} are needed: weight_cap at most "
+                f"{int(steps) >> _RESOLVED_BITS}, or ring_bits: 64"
+            )
+
+
+def switched(value: Any) -> Any:
+    """`true` is all defaults, `false` is none."""
+    return {} if value is True else None if value is False else value
