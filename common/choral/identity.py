@@ -24,6 +24,7 @@ BACKDATED = timedelta(minutes=5)  # certificates begin so much before they are m
 UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
 """what the readers of certificates, requests and keys raise, and of each what they read in it later, of bytes that are none"""
 KEY, CERTIFICATE, SIGNING_KEY, AUTHORITY, ABOUT = "tls.key", "tls.pem", "signing.key", "ca.pem", "about.json"
+VOUCHER = "signing.voucher"  # none in an identity from before there were vouchers, until its certificate is renewed
 
 
 @dataclass(frozen=True, slots=True)
