@@ -41,16 +41,21 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
                 self._told_at = now
                 log.warning("enrolment refused", address=context.peer(), reason=str(error))
             await abort(context, error)
-        return pb.EnrolResponse(certificate=certificate.public_bytes(Encoding.DER), name=member.name, role=member.role.value)
+        return pb.EnrolResponse(
+            certificate=certificate.public_bytes(Encoding.DER),
+            name=member.name,
+            role=member.role.value,
+            voucher=self._membership.voucher(member),
+        )
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
         """The caller's next certificate."""
         try:
-            certificate = await _whole(self._membership.renew(CALLER.get(), request.signing_request))
+            certificate, member = await _whole(self._membership.renew(CALLER.get(), request.signing_request))
         except ChoralError as error:
             log.warning("renewal refused", client=CALLER.get().name, reason=str(error))
             await abort(context, error)
-        return pb.RenewResponse(certificate=certificate.public_bytes(Encoding.DER))
+        return pb.RenewResponse(certificate=certificate.public_bytes(Encoding.DER), voucher=self._membership.voucher(member))
 
 
 async def _whole(doing: Coroutine[Any, Any, T]) -> T:

@@ -146,7 +146,7 @@ class Membership:
             raise TokenRefused(f"the token of {token.name} expired on {token.expires_at:%Y-%m-%d %H:%M} UTC: ask for a new one")
         return token
 
-    async def renew(self, caller: Caller, request: bytes) -> x509.Certificate:
+    async def renew(self, caller: Caller, request: bytes) -> tuple[x509.Certificate, MemberRecord]:
         """The next certificate for the key that the caller shows. Raises NotAllowed, InvalidMessage or WrongState."""
         if self._authority is None:
             raise WrongState("this coordinator signs no certificates: ask whoever does for the next")
@@ -160,7 +160,13 @@ class Membership:
             told = f"until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
             await self._store.commit(after, EventRecord(now, "certificate renewed", told, client=member.name))
         log.info("certificate renewed", client=member.name)
-        return certificate
+        return certificate, after
+
+    def voucher(self, member: MemberRecord) -> bytes:
+        """What certifies a device's signing key towards other devices; none for who takes no part in a secure sum."""
+        if self._authority is None or member.role is not Role.DEVICE or not member.signing_key:
+            return b""
+        return self._authority.vouch(member.name, member.signing_key)
 
     # Belonging no more
 

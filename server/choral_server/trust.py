@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
+from choral import voucher
 from choral.durable import write_durably
 from choral.errors import TrustError
 from choral.identity import BACKDATED, UNREADABLE
@@ -60,6 +61,10 @@ class Authority:
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
             .sign(self._key, hashes.SHA256())
         )
+
+    def vouch(self, name: str, signing_key: bytes) -> bytes:
+        """That an Ed25519 key is the signing key of the client of that name; `choral.voucher` says for how long."""
+        return voucher.sign(self._key, name, signing_key)
 
     def renew_server(self, path: Path, key: Path, now: datetime) -> bool:
         """Replace the server's certificate, if it is ours and expires within a month; whether that was done. Raises TrustError."""
@@ -136,13 +141,9 @@ def make_authority(folder: Path, hosts: Sequence[str]) -> None:
     Keys are ECDSA P-256, because gRPC's BoringSSL refuses Ed25519 certificates; key files have mode 0600. Raises TrustError:
     one exists, or a host is neither a name nor an address.
     """
-    existing = [name for name in (CA_CERTIFICATE, CA_KEY, SERVER_CERTIFICATE, SERVER_KEY) if (folder / name).exists()]
-    if existing:
-        raise TrustError(
-            f"{folder / existing[0]} exists already: choose another folder, or remove it if no client trusts it any more"
-        )
+    _must_be_free(folder, CA_CERTIFICATE, CA_KEY, SERVER_CERTIFICATE, SERVER_KEY)
     ca_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    authority = _authority(ca_key)
+    authority = _authority(ca_key, "Choral coordinator's own authority")
     names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
     server = _signed_server(server_key, names, authority, ca_key)
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,8 +153,26 @@ def make_authority(folder: Path, hosts: Sequence[str]) -> None:
     (folder / CA_CERTIFICATE).write_bytes(authority.public_bytes(serialization.Encoding.PEM))
 
 
-def _authority(key: Key) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Choral coordinator's own authority")])
+def make_voucher_authority(folder: Path) -> None:
+    """Write a new authority (ca.pem, ca.key) that only certifies signing keys into `folder`. Raises TrustError: one is there."""
+    _must_be_free(folder, CA_CERTIFICATE, CA_KEY)
+    key = ec.generate_private_key(ec.SECP256R1())
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_key(folder / CA_KEY, key)
+    certificate = _authority(key, "Choral authority of signing keys")
+    (folder / CA_CERTIFICATE).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def _must_be_free(folder: Path, *names: str) -> None:
+    existing = [name for name in names if (folder / name).exists()]
+    if existing:
+        raise TrustError(
+            f"{folder / existing[0]} exists already: choose another folder, or remove it if no client trusts it any more"
+        )
+
+
+def _authority(key: Key, called: str) -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, called)])
     usage = x509.KeyUsage(
         key_cert_sign=True,
         crl_sign=True,

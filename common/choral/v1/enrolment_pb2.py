@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63horal/v1/enrolment.proto\x12\tchoral.v1\"_\n\x0c\x45nrolRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\x17\n\x0fsigning_request\x18\x02 \x01(\x0c\x12\x13\n\x0bsigning_key\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"@\n\rEnrolResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\"\'\n\x0cRenewRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\"$\n\rRenewResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x32\x83\x01\n\tEnrolment\x12:\n\x05\x45nrol\x12\x17.choral.v1.EnrolRequest\x1a\x18.choral.v1.EnrolResponse\x12:\n\x05Renew\x12\x17.choral.v1.RenewRequest\x1a\x18.choral.v1.RenewResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63horal/v1/enrolment.proto\x12\tchoral.v1\"_\n\x0c\x45nrolRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\x17\n\x0fsigning_request\x18\x02 \x01(\x0c\x12\x13\n\x0bsigning_key\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"Q\n\rEnrolResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07voucher\x18\x04 \x01(\x0c\"\'\n\x0cRenewRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\"5\n\rRenewResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x0f\n\x07voucher\x18\x02 \x01(\x0c\x32\x83\x01\n\tEnrolment\x12:\n\x05\x45nrol\x12\x17.choral.v1.EnrolRequest\x1a\x18.choral.v1.EnrolResponse\x12:\n\x05Renew\x12\x17.choral.v1.RenewRequest\x1a\x18.choral.v1.RenewResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -24,11 +24,11 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_ENROLREQUEST']._serialized_start=40
   _globals['_ENROLREQUEST']._serialized_end=135
   _globals['_ENROLRESPONSE']._serialized_start=137
-  _globals['_ENROLRESPONSE']._serialized_end=201
-  _globals['_RENEWREQUEST']._serialized_start=203
-  _globals['_RENEWREQUEST']._serialized_end=242
-  _globals['_RENEWRESPONSE']._serialized_start=244
-  _globals['_RENEWRESPONSE']._serialized_end=280
-  _globals['_ENROLMENT']._serialized_start=283
-  _globals['_ENROLMENT']._serialized_end=414
+  _globals['_ENROLRESPONSE']._serialized_end=218
+  _globals['_RENEWREQUEST']._serialized_start=220
+  _globals['_RENEWREQUEST']._serialized_end=259
+  _globals['_RENEWRESPONSE']._serialized_start=261
+  _globals['_RENEWRESPONSE']._serialized_end=314
+  _globals['_ENROLMENT']._serialized_start=317
+  _globals['_ENROLMENT']._serialized_end=448
 # @@protoc_insertion_point(module_scope)

@@ -52,20 +52,26 @@ class EnrolResponse(google.protobuf.message.Message):
     CERTIFICATE_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
     ROLE_FIELD_NUMBER: builtins.int
+    VOUCHER_FIELD_NUMBER: builtins.int
     certificate: builtins.bytes
     """X.509, DER."""
     name: builtins.str
     """The name that the token was made out to, as in the certificate."""
     role: builtins.str
     """What its bearer may do: device, operator or viewer."""
+    voucher: builtins.bytes
+    """That the signing key is the device's of that name: the authority's signature (ECDSA or RSA with SHA-256, as its certificate's key
+    is) of {"choral member":1,"key":KEY,"name":NAME}, JSON without spaces, the key in hexadecimal. Empty for who is no device.
+    """
     def __init__(
         self,
         *,
         certificate: builtins.bytes = ...,
         name: builtins.str = ...,
         role: builtins.str = ...,
+        voucher: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["certificate", b"certificate", "name", b"name", "role", b"role"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["certificate", b"certificate", "name", b"name", "role", b"role", "voucher", b"voucher"]) -> None: ...
 
 global___EnrolResponse = EnrolResponse
 
@@ -94,13 +100,17 @@ class RenewResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CERTIFICATE_FIELD_NUMBER: builtins.int
+    VOUCHER_FIELD_NUMBER: builtins.int
     certificate: builtins.bytes
     """X.509, DER."""
+    voucher: builtins.bytes
+    """That the enrolled signing key is the device's, as in EnrolResponse."""
     def __init__(
         self,
         *,
         certificate: builtins.bytes = ...,
+        voucher: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["certificate", b"certificate"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["certificate", b"certificate", "voucher", b"voucher"]) -> None: ...
 
 global___RenewResponse = RenewResponse
