@@ -109,7 +109,7 @@ class Agent:
         longest_pause_s: float = CAP_S,
         rng: random.Random | None = None,
         oversight: Oversight | None = None,
-        signer: Signer | None = None,
+        signer: Callable[[], Signer] | None = None,
         vouch: Vouch = _nobody_is_known,
     ) -> None:
         self._transport = transport
@@ -310,7 +310,7 @@ class Agent:
         terms = Terms(secure.run, assignment.round, version, digest_of(assignment.plan), secure.threshold)
         await asyncio.to_thread(self._spent.check, terms)
         floor = (await asyncio.to_thread(self._oversight.admit, assignment.plan)).floor(secure)
-        masking = Masking(terms, self._hello.client, self._signer, self._vouch, floor, self._spent.spend)
+        masking = Masking(terms, self._hello.client, self._signer(), self._vouch, floor, self._spent.spend)
         return SumPart(assignment.id, terms, masking, self._say_in_sum)
 
     async def _say_in_sum(self, word: FromSummand) -> None:

@@ -12,6 +12,7 @@ import structlog
 from choral import __version__
 from choral.codecs import MASKED, abilities
 from choral.errors import ConfigError
+from choral.fingerprint import shown_fingerprint
 from choral.messages import Hello
 from choral.task import load_task
 from choral.wire import PROTOCOL_VERSION
@@ -21,8 +22,10 @@ from choral_client.config import ClientConfig
 from choral_client.data import load_shard
 from choral_client.guard import address_towards
 from choral_client.guard_file import GuardFile
+from choral_client.known_keys import KnownKeys
 from choral_client.membership import belonging, keep
 from choral_client.oversight import Oversight
+from choral_client.signing_key import SigningKey
 from choral_client.train import make_ready
 from choral_client.transport import GrpcTransport
 from choral_client.work import Work, set_threads
@@ -43,6 +46,7 @@ async def attend(config: ClientConfig) -> None:
         ) from error
     guard = GuardFile(config.folder, config.guard)  # first: a device that cannot say no does not enrol
     known = await belonging(config)
+    signer = SigningKey.of(config.folder).signer(known.name)
     oversight = Oversight(guard, config.folder, lambda: address_towards(known.server))
     set_threads(config.threads)
     task = load_task(config.task)
@@ -68,6 +72,8 @@ async def attend(config: ClientConfig) -> None:
         first_contact_s=config.first_contact_s,
         longest_pause_s=config.longest_pause_s,
         oversight=oversight,
+        signer=lambda: SigningKey.of(config.folder).signer(known.name),  # anew for each sum: a renewal may bring a voucher
+        vouch=KnownKeys(known.name, signer.key, guard, known.credentials.ca if known.credentials is not None else None).vouch,
     )
     life = asyncio.create_task(agent.live())
     threading.Thread(target=make_ready, args=(task,), daemon=True).start()  # while it connects and waits for its first round
@@ -75,7 +81,8 @@ async def attend(config: ClientConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, life.cancel)
-    log.info("client starts", name=known.name, task=task.name, examples=shard.size, server=str(known.server))
+    told = {"name": known.name, "task": task.name, "examples": shard.size, "signing_key": shown_fingerprint(signer.key)}
+    log.info("client starts", **told, server=str(known.server))
     try:
         await life
     except asyncio.CancelledError:

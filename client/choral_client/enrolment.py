@@ -5,29 +5,32 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import socket
 import ssl
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 import structlog
-from choral import identity
+from choral import identity, voucher
 from choral.address import HostPort
 from choral.durable import sync_folder, write_durably
-from choral.errors import ConfigError, TrustError, Unreachable
+from choral.errors import ConfigError, Deceived, TrustError, Unreachable
 from choral.identity import Credentials, Identity, held, read_credentials, read_identity
 from choral.status import from_rpc
 from choral.token import PROOF, Token
 from choral.v1 import enrolment_pb2 as pb
 from choral.v1 import enrolment_pb2_grpc
+from choral.voucher import Voucher
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+
+from choral_client.keys import make_key, private_key
 
 log = structlog.get_logger()
 _CALL_S = 20.0
@@ -48,12 +51,12 @@ async def enrol(token: Token, server: HostPort, state: Path) -> Identity:
     _make_keys(fresh)
     ca = await asyncio.to_thread(_authority, HostPort(server.host, token.port), token.authority)
     address = str(HostPort(server.host, token.port))
-    request = _signing_request(_private(fresh / identity.KEY), token.name)
-    signing = _private(fresh / identity.SIGNING_KEY)
+    request = _signing_request(private_key(fresh / identity.KEY), token.name)
+    signing = private_key(fresh / identity.SIGNING_KEY)
     asked = pb.EnrolRequest(
         secret=token.secret,
         signing_request=request,
-        signing_key=signing.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw),
+        signing_key=signing.public_key().public_bytes_raw(),
         signature=signing.sign(PROOF + request),
     )
     async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca)) as channel:
@@ -73,6 +76,7 @@ def _settled(state: Path, name: str, server: HostPort, ca: bytes, answer: pb.Enr
     try:
         write_durably(fresh / identity.AUTHORITY, ca)
         write_durably(fresh / identity.CERTIFICATE, _pem(answer.certificate))
+        _keep_voucher(fresh, name, ca, answer.voucher)
         write_durably(fresh / identity.ABOUT, json.dumps(about).encode())
         read_identity(fresh)
         identity.settle(state)
@@ -84,7 +88,7 @@ def _settled(state: Path, name: str, server: HostPort, ca: bytes, answer: pb.Enr
 async def renew(known: Identity) -> Identity:
     """A new certificate for the same key, kept in the identity's folder. Raises Unreachable or a Refused."""
     address = str(known.server)
-    request = _signing_request(_private(known.folder / identity.KEY), known.name)
+    request = _signing_request(private_key(known.folder / identity.KEY), known.name)
     async with grpc.aio.secure_channel(address, tls(known.credentials)) as channel:
         try:
             stub: Any = enrolment_pb2_grpc.EnrolmentStub(channel)
@@ -100,11 +104,24 @@ def _renewed(known: Identity, answer: pb.RenewResponse) -> Identity:
     write_durably(fresh, _pem(answer.certificate))
     try:
         read_credentials(known.folder / identity.AUTHORITY, fresh, known.folder / identity.KEY)
+        _keep_voucher(known.folder, known.name, known.credentials.ca, answer.voucher)
         fresh.replace(place)
     finally:
         fresh.unlink(missing_ok=True)
     sync_folder(known.folder)
     return read_identity(known.folder)
+
+
+def _keep_voucher(folder: Path, name: str, ca: bytes, answered: bytes) -> None:
+    """Keep what certifies this device's signing key; an older coordinator answers none. Raises TrustError: it certifies another."""
+    if not answered:
+        return
+    key = private_key(folder / identity.SIGNING_KEY).public_key().public_bytes_raw()
+    try:
+        voucher.check(answered, name, key, ca, datetime.now(UTC))
+    except Deceived as error:
+        raise TrustError(f"the coordinator answered with a voucher that nobody would accept: {error}") from error
+    write_durably(folder / identity.VOUCHER, str(Voucher(name, key, answered)).encode())
 
 
 def tls(credentials: Credentials) -> grpc.ChannelCredentials:
@@ -118,33 +135,21 @@ def _make_keys(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, generate in (
             (identity.KEY, lambda: ec.generate_private_key(ec.SECP256R1())),
-            (identity.SIGNING_KEY, ed25519.Ed25519PrivateKey.generate),
+            (identity.SIGNING_KEY, lambda: _signing_key(folder.parent)),
         ):
             with suppress(FileExistsError):
-                _write_key(folder / name, generate())
+                make_key(folder / name, generate())
     except OSError as error:
         raise TrustError(f"{folder} cannot be used ({error.strerror}): give a --state that this user may write") from error
 
 
-def _write_key(path: Path, key: Any) -> None:
-    """Raises FileExistsError. A key that is there is whole: it is written aside first."""
-    if path.exists():
-        raise FileExistsError(path)
-    aside = path.with_name(f".{path.name}.aside")
-    aside.unlink(missing_ok=True)
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-    sync_folder(path.parent)
-
-
-def _private(path: Path) -> Any:
-    try:
-        return load_pem_private_key(path.read_bytes(), None)
-    except (OSError, *identity.UNREADABLE) as error:
-        raise TrustError(f"{path} holds no private key: remove the folder {path.parent} and enrol again") from error
+def _signing_key(state: Path) -> ed25519.Ed25519PrivateKey:
+    """That which the device has, for others may have pinned it, or an authority elsewhere certified it; else a new one."""
+    for folder in (state / identity.FOLDER, state):
+        with suppress(TrustError):  # one that cannot be used is in nobody's way
+            if isinstance(known := private_key(folder / identity.SIGNING_KEY), ed25519.Ed25519PrivateKey):
+                return known
+    return ed25519.Ed25519PrivateKey.generate()
 
 
 def _signing_request(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:

@@ -7,13 +7,16 @@ import re
 import socket
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
 
 from choral.address import HostPort
 from choral.config import Settings
 from choral.errors import Declined
+from choral.fingerprint import parse_fingerprint
+from choral.names import NAME
 from choral.plan import Kind, Plan, SecurePlan
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, model_validator
 
 from choral_client.masking import Floor
 
@@ -68,6 +71,12 @@ def _network(value: Any) -> _Network:
         raise ValueError(f"write a network as 192.168.1.0/24 or fd00::/8 ({error})") from None
 
 
+def _fingerprint(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("write the fingerprint as text, in quotes")
+    return parse_fingerprint(value)
+
+
 class Guard(Settings):
     """The whole file. What is not given is not limited; a plan outside of what is given is declined with the reason."""
 
@@ -93,12 +102,25 @@ class Guard(Settings):
     max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """most privacy that may be lost, as ε of differential privacy; this release adds no noise yet, so no ε holds and every plan
     is declined, measurements too, whatever the coordinator says"""
+    clients: dict[Annotated[str, Field(pattern=NAME)], Annotated[str, PlainValidator(_fingerprint)]] | None = None
+    """who else may take part in a secure sum with this device: the name of each, with the fingerprint of its signing key, which
+    `choral client fingerprint` prints on its device; nobody else is accepted, and none of these with another key, whatever an
+    authority says; this device itself need not be named; whoever an authority certifies, if not given"""
+    authority: Annotated[Path, Field(strict=False)] | None = None
+    """PEM file with the certificate of the authority that certifies the signing keys of the others, for example one that is not the
+    coordinator's; a relative path counts from the guard's folder; that which this client trusts for TLS, if not given"""
     hours: list[Annotated[Window, PlainValidator(_window)]] | None = None
     """spans of the day, by this device's own clock, in which it works, sends and fetches versions: for example "22:00-06:00", which
     runs over midnight"""
     networks: list[Annotated[_Network, PlainValidator(_network)]] | None = None
     """networks from which it works, sends, and fetches versions: its own address on the way to the coordinator must lie in one of
     them, for example 192.168.1.0/24"""
+
+    @model_validator(mode="after")
+    def _one_word(self) -> Self:
+        if self.clients is not None and self.authority is not None:
+            raise ValueError("clients contradicts authority, which would not be asked for any of them: remove one of the two")
+        return self
 
     def check(self, plan: Plan, now: datetime, address: IPAddress | None) -> None:
         """Raises Declined: the plan is outside of what is allowed, or as `check_sending`."""

@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 
 from choral.config import read
-from choral.errors import ConfigError, Declined
+from choral.errors import ConfigError, Declined, TrustError
+from choral.identity import certificates
 
 from choral_client.guard import Guard
 
@@ -50,5 +51,18 @@ class GuardFile:
             ) from error
         if content != self._content:  # its time alone may not tell: two edits can fall into one tick of the clock
             self._content = None
-            self._guard = read(self._path, Guard)
+            self._guard = _read(self._path)
             self._content = content
+
+
+def _read(path: Path) -> Guard:
+    """The guard in a file, with the path of its authority as it counts from the file's folder."""
+    guard = read(path, Guard)
+    if guard.authority is None:
+        return guard
+    authority = path.resolve().parent / guard.authority
+    try:
+        certificates(authority)
+    except TrustError as error:
+        raise ConfigError(f"{path}: authority: {error}") from error
+    return guard.model_copy(update={"authority": authority})

@@ -12,7 +12,9 @@ from choral.address import HostPort
 from choral.errors import TrustError
 from choral.identity import Identity, read_identity
 from choral.v1 import enrolment_pb2 as pb
+from choral.voucher import Voucher, sign
 from choral_client import enrolment
+from choral_client.signing_key import SigningKey
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -36,10 +38,14 @@ class Joining:
     state: Path
     key: Any
 
-    def answered(self, name: str = "alice", key: Any = None, role: str = "device") -> Identity:
+    def answered(self, name: str = "alice", key: Any = None, role: str = "device", voucher: bytes = b"") -> Identity:
         made = certificate(key or self.key)
-        answer = pb.EnrolResponse(certificate=made.public_bytes(Encoding.DER), name=name, role=role)
+        answer = pb.EnrolResponse(certificate=made.public_bytes(Encoding.DER), name=name, role=role, voucher=voucher)
         return enrolment._settled(self.state, "alice", SERVER, made.public_bytes(Encoding.PEM), answer)
+
+    def voucher(self, name: str = "alice", signing_key: bytes | None = None) -> bytes:
+        """By the authority that `answered` names: the client's own key, to need one certificate less."""
+        return sign(self.key, name, signing_key or SigningKey.of(self.state).public)
 
 
 @pytest.fixture
@@ -89,6 +95,67 @@ def test_a_renewed_certificate_that_cannot_be_used_leaves_the_old(joining: Joini
         enrolment._renewed(known, pb.RenewResponse(certificate=answers[what]))
     assert read_identity(known.folder) == known
     assert sorted(path.name for path in known.folder.iterdir()) == there
+
+
+# What certifies the signing key
+
+
+def signing_key_in(folder: Path) -> bytes:
+    key: Any = load_pem_private_key((folder / "signing.key").read_bytes(), None)
+    public: bytes = key.public_key().public_bytes_raw()
+    return public
+
+
+def test_a_voucher_is_kept_with_the_identity(joining: Joining) -> None:
+    key = signing_key_in(joining.state / "identity.new")
+    made = joining.voucher(signing_key=key)
+    kept = joining.answered(voucher=made).folder / "signing.voucher"
+    assert Voucher.parse(kept.read_bytes(), "") == Voucher("alice", key, made)
+    assert SigningKey.of(joining.state).signer("alice").voucher == made
+
+
+@pytest.mark.parametrize("wrong", ["name", "key", "authority", "bytes"])
+def test_a_voucher_that_nobody_would_accept_takes_no_place(joining: Joining, wrong: str) -> None:
+    key = signing_key_in(joining.state / "identity.new")
+    voucher = {
+        "name": joining.voucher("bob", key),
+        "key": joining.voucher(signing_key=bytes(32)),
+        "authority": sign(ec.generate_private_key(ec.SECP256R1()), "alice", key),
+        "bytes": b"nonsense",
+    }[wrong]
+    with pytest.raises(TrustError, match="answered with a voucher that nobody would accept"):
+        joining.answered(voucher=voucher)
+    assert enrolment.held(joining.state) is None
+    known = joining.answered()
+    made = certificate(joining.key).public_bytes(Encoding.DER)
+    with pytest.raises(TrustError, match="answered with a voucher that nobody would accept"):
+        enrolment._renewed(known, pb.RenewResponse(certificate=made, voucher=voucher))
+    assert read_identity(known.folder) == known
+    assert not (known.folder / "signing.voucher").exists()
+
+
+def test_an_identity_from_before_gets_its_voucher_with_the_next_certificate(joining: Joining) -> None:
+    known = joining.answered()
+    key = SigningKey.of(joining.state)
+    assert key.signer("alice").voucher == b""
+    again, issued = certificate(joining.key), joining.voucher()
+    enrolment._renewed(known, pb.RenewResponse(certificate=again.public_bytes(Encoding.DER), voucher=issued))
+    assert key.signer("alice").voucher == issued
+    enrolment._renewed(known, pb.RenewResponse(certificate=again.public_bytes(Encoding.DER)))  # by an older coordinator
+    assert key.signer("alice").voucher == issued
+
+
+@pytest.mark.parametrize("where", ["", "identity"])
+def test_who_enrols_with_a_signing_key_keeps_it(tmp_path: Path, where: str) -> None:
+    made = SigningKey.of(tmp_path / where).public
+    enrolment._make_keys(tmp_path / "identity.new")
+    assert signing_key_in(tmp_path / "identity.new") == made
+
+
+def test_one_that_is_damaged_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / "signing.key").write_text("nonsense")
+    enrolment._make_keys(tmp_path / "identity.new")
+    assert len(signing_key_in(tmp_path / "identity.new")) == 32
 
 
 @pytest.mark.parametrize("name", ["../x", "", None, "x" * 65])

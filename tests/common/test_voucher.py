@@ -86,11 +86,15 @@ def test_the_key_that_is_certified_certifies_nobody() -> None:
 
 
 def test_a_client_without_a_voucher_is_told_how_to_get_one() -> None:
-    with pytest.raises(Deceived, match="nobody certifies the signing key of alice .*: let alice renew its certificate .* pin it in"):
+    with pytest.raises(
+        Deceived, match="nobody certifies the signing key of alice .*: let alice renew its certificate .* pin it in"
+    ):
         check(b"", "alice", KEY, certificate(P256), NOW)
 
 
-@pytest.mark.parametrize(("passed", "holds"), [(YEAR, True), (YEAR + timedelta(seconds=1), False), (-YEAR, True), (-2 * YEAR, False)])
+@pytest.mark.parametrize(
+    ("passed", "holds"), [(YEAR, True), (YEAR + timedelta(seconds=1), False), (-YEAR, True), (-2 * YEAR, False)]
+)
 def test_it_holds_as_long_as_the_authoritys_certificate(passed: timedelta, holds: bool) -> None:
     voucher = sign(P256, "alice", KEY)
     if holds:

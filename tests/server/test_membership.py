@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import ssl
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from choral.errors import ConfigError, InvalidMessage, NotAllowed, Revoked, TokenRefused, Unauthenticated, WrongState
 from choral.token import PROOF, Token
+from choral.voucher import check
 from choral_server.caller import Caller, Role
 from choral_server.membership import Membership, Roles
+from choral_server.records import MemberRecord
 from choral_server.trust import Authority, make_authority
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -226,12 +228,34 @@ async def test_renewal_is_for_the_same_key_only(membership: Membership, clock: C
     device, certificate = await enrolled(membership)
     caller = membership.identify(certificate)
     clock.now += HOUR / 2
-    renewed = await membership.renew(caller, device.request())
+    renewed, _ = await membership.renew(caller, device.request())
     assert membership.identify(pem(renewed)).expires_at == clock.now + HOUR
     with pytest.raises(NotAllowed, match="for another key than the enrolled one"):
         await membership.renew(caller, Device().request())
     with pytest.raises(NotAllowed):
         await membership.renew(Caller("bob", Role.DEVICE, True), device.request())
+
+
+@pytest.mark.parametrize("role", list(Role))
+async def test_a_devices_signing_key_is_certified_at_enrolment_and_renewal(membership: Membership, role: Role) -> None:
+    token, _ = await membership.issue("alice", role, 0, replacing=False)
+    device = Device()
+    certificate, enrolled = await membership.enrol(*device.asks(token))
+    _, renewed = await membership.renew(membership.identify(pem(certificate)), device.request())
+    assert membership._authority is not None
+    ca = membership._authority.certificate.public_bytes(Encoding.PEM)
+    for member in (enrolled, renewed):
+        voucher = membership.voucher(member)
+        if role is Role.DEVICE:
+            check(voucher, "alice", device.signing.public_key().public_bytes_raw(), ca, datetime.now(UTC))
+        else:
+            assert voucher == b""  # who steers takes no part in a sum
+
+
+async def test_whose_key_is_not_known_gets_no_voucher(home: Home, membership: Membership, clock: Clock) -> None:
+    elsewhere = Membership(home.store, None, 3600.0, clock)
+    assert membership.voucher(MemberRecord("alice", Role.DEVICE)) == b""
+    assert elsewhere.voucher(MemberRecord("alice", Role.DEVICE, signing_key=bytes(32))) == b""
 
 
 async def test_requests_that_prove_nothing(membership: Membership) -> None:
