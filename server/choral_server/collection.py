@@ -165,7 +165,8 @@ class Collection:
     def _secure_sum(self, aggregate: MaskedSum) -> SecureSum:
         run, house, size_bytes = self.run, self._house, self.run.payload_bytes(self.round.kind, MASKED).most
         plan, settings = run.plan(self.round.kind, self.round.goal, 0), run.settings.secure_aggregation
-        assert plan.secure is not None and settings is not None, "or there would be no masked sum"
+        assert plan.secure is not None, "or there would be no masked sum"
+        assert settings is not None, "nor without these"
         terms = Terms(plan.secure.run, self.round.number, self.round.parent, digest_of(plan), plan.secure.threshold)
         return SecureSum(
             Unmasking(terms, house.vouch, settings.minimum_cohort),

@@ -22,7 +22,7 @@ from choral_server.strategies import ServerOptimizer
 FilePath = Annotated[Path, Field(strict=False)]
 Seconds = Annotated[float, Field(gt=0, le=31_536_000, allow_inf_nan=False)]
 _TOPK_SHARE = 0.05
-_WEIGHT_CAP, _SECURE_WEIGHT_CAP = 2**20, 2**12  # examples
+_WEIGHT_CAP, _SECURE_WEIGHT_CAP = 2**20, 2**10  # examples
 
 
 def _name(value: str) -> str:
@@ -204,7 +204,7 @@ class RunSettings(Settings):
     quarantine_after: Annotated[int, Field(ge=1)] | None = 3
     """results refused in a row after which a client is quarantined until an operator releases it; null: never"""
     weight_cap: Annotated[int, Field(ge=1, le=2**40)] | None = None
-    """examples at which a client's weight is capped; 1048576 if not given, or 4096 with secure aggregation, which in 32 bits cannot
+    """examples at which a client's weight is capped; 1048576 if not given, or 1024 with secure aggregation, which in 32 bits cannot
     tell a client with few examples as finely beside one with many"""
     max_abandoned: Annotated[int, Field(ge=1)] = 10
     """abandoned rounds in a row after which the run stops and waits for an operator"""

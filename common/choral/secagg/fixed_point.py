@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from choral.errors import ConfigError
 
 RINGS = (32, 64)  # bits: what a machine adds in one step, modulo 2^bits
-_STEPS_BITS = {32: 24, 64: 48}  # of the clip: a float32 has no more to say, and a float64 holds no more of a sum
+_STEPS_BITS = {32: 31, 64: 52}  # of the clip: what the ring holds, and what a float64 does
 _LEAST_STEPS_BITS = 8
 _SMALLEST_CLIP, _LARGEST_CLIP = 2.0**-30, 2.0**30
 Ring = NDArray[np.unsignedinteger[Any]]

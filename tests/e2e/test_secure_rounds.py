@@ -1,0 +1,61 @@
+"""Rounds that are summed securely, over the network, with the real coordinator and clients."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from e2e.exact import EXACT_TASK
+from e2e.federation import Federation
+from e2e.zygote import Zygote
+from safetensors.numpy import load_file
+
+ROWS = {
+    "alice": [(1, 2, 3), (2, 1, 3.5), (0, 1, 1), (1, 0, 1.5), (3, 1, 4), (2, 2, 4.5)],
+    "bob": [(5, 2, 8), (4, 1, 5), (0, 5, 4), (2, 7, 9)],
+    "carol": [(1, 1, 2), (3, 3, 6.5), (2, 0, 2), (7, 1, 8)],
+    "dave": [(6, 2, 8.5), (1, 4, 5), (2, 3, 5), (1, 1, 2), (0, 2, 2)],
+}
+
+
+def led(folder: Path, zygote: Zygote, **run: Any) -> dict[str, Any]:
+    """What a run of two rounds comes to: the last version's tensors, what clients measured, and what the database has."""
+    folder.mkdir()
+    with Federation(folder, zygote=zygote) as federation:
+        task = federation.write_task(EXACT_TASK, "exact")
+        settings = {"rounds": 2, "cohort_size": 4, "weight_cap": 8} | run
+        coordinator = federation.coordinator(task=task, run=settings)
+        clients = [
+            federation.client(name, federation.write_shard(name, rows), task, flags={"--holdout": 0.4})
+            for name, rows in ROWS.items()
+        ]
+        assert [process.code() for process in (coordinator, *clients)] == [0] * 5
+        with sqlite3.connect(federation.folder / "state" / "choral.db") as database:
+            versions = database.execute("select clients from versions order by number").fetchall()
+            parts = database.execute("select client, examples, held_out, work, codec, state from assignments").fetchall()
+            examples = database.execute("select examples from clients").fetchall()
+        return {
+            "weights": load_file(federation.versions / "latest.safetensors"),
+            "measured": versions,
+            "parts": parts,
+            "examples": examples,
+            "told": coordinator.stderr,
+        }
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_a_secure_run_gives_what_a_plain_one_gives_and_tells_nothing_of_one_client(
+    tmp_path: Path, zygote: Zygote, bits: int
+) -> None:
+    plain = led(tmp_path / "plain", zygote)
+    secure = led(tmp_path / "secure", zygote, secure_aggregation={"ring_bits": bits})
+    assert plain["weights"].keys() == secure["weights"].keys()
+    for name, weights in plain["weights"].items():
+        np.testing.assert_allclose(secure["weights"][name], weights, atol=1e-6 if bits == 32 else 1e-7, err_msg=name)
+    assert len(plain["measured"]) == len(secure["measured"])
+    assert all(codec == "masked" and state == "accepted" for *_, codec, state in secure["parts"])
+    assert {(examples, held_out, work) for _, examples, held_out, work, *_ in secure["parts"]} == {(0, "[]", "[]")}
+    assert set(secure["examples"]) == {(0,)}
