@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,12 +65,19 @@ def names(count: int) -> list[str]:
     return [*_NAMES[:count], *(f"client-{number}" for number in range(len(_NAMES) + 1, count + 1))]
 
 
-async def run(rounds: int, clients: Sequence[str], seed: int, out: Path) -> Report:
-    """Train, compare, and leave all of it in `out`. Raises ConfigError: `out` is somebody else's; ChoralError: a process failed."""
+async def run(rounds: int, clients: Sequence[str], seed: int, out: Path, secure: bool = False) -> Report:
+    """Train, compare, and leave all of it in `out`; `secure`: the coordinator sees sums alone.
+
+    Raises ConfigError: `out` is somebody else's, or one client alone is to be hidden; ChoralError: a process failed.
+    """
     began = time.monotonic()
+    if secure and len(clients) < 2:
+        raise ConfigError(f"--clients {len(clients)} --secure: the sum of one client is its own update: give 3 or more")
     _prepare(out)
     shards = deal("boston_housing", clients, out, seed)
-    config = _configure(out, rounds, len(clients), seed, shards["test"])
+    config = _configure(out, rounds, len(clients), seed, shards["test"], secure)
+    if secure:
+        _guard([shards[client].parent / "state" for client in clients])
     observed = Observed()
     with Display(METRIC) as display:
         async with started() as children:
@@ -79,7 +86,7 @@ async def run(rounds: int, clients: Sequence[str], seed: int, out: Path) -> Repo
             federated_s = time.monotonic() - began
             display.say("for comparison: each device alone, and all data pooled")
             alone, pooled = await _compare(children, out, shards, clients, rounds, seed)
-    return _report(observed, out, clients, seed, alone, pooled, federated_s, began)
+    return replace(_report(observed, out, clients, seed, alone, pooled, federated_s, began), secure=secure)
 
 
 def _prepare(out: Path) -> None:
@@ -95,7 +102,15 @@ def _prepare(out: Path) -> None:
     (out / "logs").mkdir()
 
 
-def _configure(out: Path, rounds: int, clients: int, seed: int, test_set: Path) -> Path:
+def _guard(states: Sequence[Path]) -> None:
+    """Devices that take part in secure sums only; with two of them, each must say that it knows what the other learns."""
+    guard = {"secure_aggregation": True, "min_cohort": len(states)}
+    for state in states:
+        state.mkdir()
+        (state / "guard.yaml").write_text(yaml.safe_dump(guard, sort_keys=False), encoding="utf-8")
+
+
+def _configure(out: Path, rounds: int, clients: int, seed: int, test_set: Path, secure: bool) -> Path:
     home = out / "coordinator"
     make_authority(home, ["localhost", "127.0.0.1"])
     test_set.rename(home / "test.csv")
@@ -104,7 +119,8 @@ def _configure(out: Path, rounds: int, clients: int, seed: int, test_set: Path) 
         "tls": {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem", "ca_key": "ca.key"},
         "state": "state",
         "task": TASK,
-        "run": {"name": "boston", "rounds": rounds, "seed": seed, "cohort_size": clients, "deadline_s": 120},
+        "run": {"name": "boston", "rounds": rounds, "seed": seed, "cohort_size": clients, "deadline_s": 120}
+        | ({"secure_aggregation": {"minimum_cohort": clients}} if secure else {}),
         "evaluation": {"test_set": "test.csv"},
         "exit_when_done": True,
     }

@@ -18,6 +18,7 @@ def demo(
     clients: Annotated[int, typer.Option(min=1, max=64, help="How many client processes; the first two are alice and bob.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the shards, the initial weights and the shuffling.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the model, the plot, the report and the logs.")] = Path("choral-demo"),
+    secure: Annotated[bool, typer.Option("--secure", help="Secure aggregation: the coordinator sees sums alone.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on the last line.")] = False,
 ) -> None:
     """Train Boston housing on this machine: a coordinator and clients, each a process with its own shard, over TLS."""
@@ -26,7 +27,7 @@ def demo(
     from choral_deploy.demo import names, run
 
     try:
-        report = asyncio.run(_ending_on_signals(run(rounds, names(clients), seed, out)))
+        report = asyncio.run(_ending_on_signals(run(rounds, names(clients), seed, out, secure)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         typer.echo("choral: interrupted; every process of the demo has ended", err=True)
         raise typer.Exit(130) from None

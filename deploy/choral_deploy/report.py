@@ -28,6 +28,7 @@ class Report:
     checkpoint: str
     plot: str
     history: list[float]
+    secure: bool = False
 
     def to_json(self) -> str:
         """One line."""
@@ -48,7 +49,19 @@ class Report:
         console.print(
             f"{self.rounds} rounds in {self.federated_s:.1f} s, {1000 * self.round_s_p50:.0f} ms each (median, training included)."
         )
+        if self.secure:
+            console.print(self._hidden(), soft_wrap=True, highlight=False)
         console.print(f"model   {self.checkpoint}\nplot    {self.plot}", soft_wrap=True, highlight=False)
+
+    def _hidden(self) -> str:
+        """What the coordinator has seen, and whom secure aggregation hides from whom."""
+        seen = (
+            "Secure aggregation: the coordinator has seen sums over the clients, and no update, loss or number of examples of one."
+        )
+        if len(self.clients) == 2:
+            two = "With two clients each of them can take its own part off the sum, and has the other's: use 3 or more."
+            return f"{seen}\n[yellow]{two}"
+        return seen
 
     def draw(self, path: Path) -> None:
         """Save the plot as PNG."""
