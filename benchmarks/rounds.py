@@ -1,6 +1,7 @@
 """What a round costs when nothing is trained: real processes, TLS on loopback, the coordinator as users run it.
 
     python benchmarks/rounds.py --clients 2 --params 1700 [--rounds 200] [--codec NAME] [--database URL ...] [--json]
+    python benchmarks/rounds.py --secure --clients 10 --params 1000000 [--rounds 200] [--json]
     python benchmarks/rounds.py --durability [--rounds 200] [--series 20] [--json]
 
 Prints, all of one run:
@@ -21,6 +22,9 @@ Prints, all of one run:
 `--database` measures over another database, or over several: `sqlite` is a file in the state folder, `sqlite://` keeps all in
 memory. Clients change every parameter in every round (empty_task.py), so nothing can be left out as known.
 
+`--secure` sums the results securely, and measures the same rounds in the clear beside it, in the same run: how often these go into
+those is what is to be looked at.
+
 `--durability` prints what it costs that a round survives: the same federation over SQLite in memory, over a SQLite file, and over
 a PostgreSQL server of its own. All three are there at once, and all but one are paused: they take turns in short series of rounds,
 each time in another order, so that what else the machine does hits all alike. What a database adds is the median, over the series,
@@ -40,7 +44,7 @@ import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,6 +61,7 @@ NAMES = {"sqlite://": IN_MEMORY, "sqlite": "SQLite, a file"}
 WARM_UP = 10  # rounds that are not counted
 SETTLING = 3  # the same in each series
 LARGE_PARAMS = 1_000_000
+LEAST_SECURE = 3  # clients
 FLOORS = ("plaintext", "mtls")
 FLOOR_REPETITIONS, LARGE_FLOOR_REPETITIONS = 51, 4  # the first is not counted
 TASK = "empty_task:task"
@@ -74,6 +79,7 @@ class Load:
     rounds: int
     codec: str | None = None
     database: str = "sqlite"
+    secure: bool = False
 
     @property
     def model_bytes(self) -> int:
@@ -88,8 +94,9 @@ class Load:
     @property
     def run(self) -> dict[str, Any]:
         """The run's settings; it goes on until it is stopped."""
-        compression = {"compression": {"upload": self.codec}} if self.codec else {}
-        return {"rounds": ENDLESS, "cohort_size": self.clients, **compression}
+        changes: dict[str, Any] = {"compression": {"upload": self.codec}} if self.codec else {}
+        changes |= {"secure_aggregation": True} if self.secure else {}
+        return {"rounds": ENDLESS, "cohort_size": self.clients, **changes}
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,10 @@ async def measure(load: Load) -> Figures:
         figures |= await of_rounds(load, Path(folder))
         figures["launch_s"] = await launch_s(TASK, load.run, load.clients, database=url(load.database))
         figures |= await of_floors(load, Path(folder))
+        if load.secure:
+            clear = await of_rounds(replace(load, secure=False), Path(folder))
+            figures |= {f"clear_{name}": clear[name] for name in ("cycle_ms_p50", "client_sent_bytes_per_round")}
+            figures["secure_to_clear_cycle"] = figures["cycle_ms_p50"] / clear["cycle_ms_p50"]
     for what in ("cycle", "round"):
         moved = 2 * load.clients * load.model_bytes / figures[f"{what}_ms_p50"] * 1000
         figures[f"payload_bytes_per_s_in_{what}"] = moved
@@ -286,6 +297,7 @@ def main() -> None:
     parser.add_argument("--params", type=at_least(1), default=1700)
     parser.add_argument("--rounds", type=at_least(2), default=200)
     parser.add_argument("--codec", help="how uploads are compressed; as they are, if not given")
+    parser.add_argument("--secure", action="store_true", help="sum results securely; the same in the clear is measured beside it")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--database", action="append", help="once for each to be measured; a file in the state folder by default")
     what.add_argument("--durability", action="store_true", help="compare the databases with each other")
@@ -294,9 +306,11 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["CHORAL_EMPTY_PARAMS"] = str(options.params)
     setting = {"clients": options.clients, "params": options.params, "rounds": options.rounds}
+    if options.secure and options.clients < LEAST_SECURE:
+        raise ConfigError(f"--clients {options.clients} --secure: devices take part with {LEAST_SECURE} or more")
     if options.durability:
-        if options.codec:
-            raise ConfigError("--codec: --durability compares databases; leave one of them out")
+        if options.codec or options.secure:
+            raise ConfigError("--codec, --secure: --durability compares databases; leave one of them out")
         if options.rounds < 2 * options.series:
             raise ConfigError(f"--series {options.series}: two rounds at least in each are more than --rounds {options.rounds}")
         with databases() as found:
@@ -304,7 +318,7 @@ def main() -> None:
         tell_costs(setting | {"series": options.series}, costs, options.json)
         return
     for database in options.database or ["sqlite"]:
-        load = Load(**setting, codec=options.codec, database=database)
+        load = Load(**setting, codec=options.codec, database=database, secure=options.secure)
         tell(setting | asyncio.run(measure(load)), options.json)
 
 
@@ -347,6 +361,10 @@ def tell(found: Figures, as_json: bool) -> None:
     else:
         received, model = found["client_received_bytes_per_round"], found["model_bytes"]
         print(f"bytes      of a client in a round: sent {sent:.0f}, received {received:.0f}, and the model has {model}")
+    if "secure_to_clear_cycle" in found:
+        clear, ratio = found["clear_cycle_ms_p50"], found["secure_to_clear_cycle"]
+        print(f"secure     a cycle is {ratio:.2f} x that of the same rounds in the clear, p50 {clear:.2f} ms", end="")
+        print(f"; a client sent {found['clear_client_sent_bytes_per_round'] or 0:.0f} bytes there")
     print(f"launch     {found['launch_s']:.2f} s until the first round is done")
     for kind in FLOORS:
         seconds, rate = found[f"{kind}_floor_s"], found[f"{kind}_floor_bytes_per_s"]

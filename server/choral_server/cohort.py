@@ -16,6 +16,12 @@ def choose(seed: int, round: int, present: Iterable[str], size: int) -> tuple[st
     return tuple(sorted(drawn[:size]))
 
 
+def dealt(order: str, clients: Iterable[str], groups: int) -> dict[str, int]:
+    """Each client's group, from 0; none has two more than another. `order` decides, a name for the round that nobody chose."""
+    drawn = sorted(clients, key=lambda name: hashlib.sha256(f"{order}/{name}".encode()).digest())
+    return {name: place % groups for place, name in enumerate(drawn)}
+
+
 def selected(cohort_size: int, over_selection: float) -> int:
     """How many to ask so that `cohort_size` answer: a share more, rounded up (Bonawitz et al. 2019, MLSys, section 9)."""
     return math.ceil(round(cohort_size * (1 + over_selection), 9))

@@ -20,6 +20,7 @@ from choral.sum_messages import FromSummand, SumAdvert
 
 from choral_server import cohort
 from choral_server.failpoints import Transition
+from choral_server.grouped_sum import GroupedSum
 from choral_server.intake import Bounds, check_header
 from choral_server.masked_sum import MaskedSum
 from choral_server.offload import offload
@@ -60,6 +61,7 @@ from choral_server.rounds import (
     without,
 )
 from choral_server.run import Run
+from choral_server.secure_groups import SecureGroups
 from choral_server.secure_sum import SecureSum
 from choral_server.sessions import Sessions
 from choral_server.spool import DISK, RoundSpool
@@ -109,7 +111,7 @@ class Collection:
         aggregate, size_bytes = run.aggregate(round.kind, round.goal), run.payload_bytes(round.kind, "").most
         self.tally = Tally(aggregate, spool, size_bytes, house.spool_bytes, house.troubles)
         self._house = house
-        self._sum = self._secure_sum(aggregate) if isinstance(aggregate, MaskedSum) else None
+        self._sum = self._secure_groups(aggregate) if isinstance(aggregate, MaskedSum | GroupedSum) else None
         self._telling: set[asyncio.Task[None]] = set()
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._waiting_for: dict[int, tuple[Upload, asyncio.Future[Receipt]]] = {}
@@ -162,23 +164,40 @@ class Collection:
                 self._sum.end()
         return self.round
 
-    def _secure_sum(self, aggregate: MaskedSum) -> SecureSum:
-        run, house, size_bytes = self.run, self._house, self.run.payload_bytes(self.round.kind, MASKED).most
-        plan, settings = run.plan(self.round.kind, self.round.goal, 0), run.settings.secure_aggregation
+    def _secure_groups(self, aggregate: MaskedSum | GroupedSum) -> SecureGroups:
+        run, round, house = self.run, self.round, self._house
+        plan, settings = run.plan(round.kind, round.goal, 0), run.settings.secure_aggregation
         assert plan.secure is not None, "or there would be no masked sum"
         assert settings is not None, "nor without these"
-        terms = Terms(plan.secure.run, self.round.number, self.round.parent, digest_of(plan), plan.secure.threshold)
-        return SecureSum(
-            Unmasking(terms, house.vouch, settings.minimum_cohort),
-            self.round.quorum,
-            settings.step_s,
-            self.longest_s,
-            house.sessions.say,
-            lambda: house.transfers.advancing(run.settings.stall_s),
-            lambda mask: offload(size_bytes, aggregate.unmask, mask),
-            lambda: self._tell(Summed()),
-            lambda reason: self._tell(Stopped(reason)),
-        )
+        terms = Terms(plan.secure.run, round.number, round.parent, digest_of(plan), plan.secure.threshold)
+        sums = aggregate.sums if isinstance(aggregate, GroupedSum) else [aggregate]
+        size_bytes = run.payload_bytes(round.kind, MASKED).most
+
+        def make(group: int, done: Callable[[], None], failed: Callable[[str], None]) -> SecureSum:
+            return SecureSum(
+                Unmasking(terms, house.vouch, settings.minimum_cohort),
+                round.quorum if len(sums) == 1 else settings.minimum_cohort,
+                settings.step_s,
+                self.longest_s,
+                house.sessions.say,
+                lambda: house.transfers.advancing(run.settings.stall_s),
+                lambda mask: offload(size_bytes, sums[group].unmask, mask),
+                done,
+                failed,
+            )
+
+        def summed(good: Sequence[int]) -> None:
+            if isinstance(aggregate, GroupedSum):
+                aggregate.close(good)
+            if aggregate.clipped:
+                log.warning("updates clipped", round=round.number, clients=aggregate.clipped)
+            self._tell(Summed())
+
+        def lost(reason: str) -> None:
+            self._note(EventRecord(house.clock(), "group left out", reason, round.run, round.number))
+
+        order = f"{run.settings.seed}/{round.number}/group"
+        return SecureGroups(len(sums), make, order, round.quorum, summed, lambda reason: self._tell(Stopped(reason)), lost)
 
     def _meet(self) -> None:
         """Tell those who are here of their parts; some may have come or gone while the round was stored or taken up."""
@@ -233,6 +252,9 @@ class Collection:
                     self._sum.sent(upload.client)
             case BeginSum(parts) if self._sum is not None:
                 log.info("secure sum begins", round=self.round.number, clients=len(parts))
+                self._sum.divide(parts)
+                if isinstance(self.tally.aggregate, GroupedSum):
+                    self.tally.aggregate.divide(self._sum.groups)
                 self._sum.begin(parts)
             case Remind(part) if self._sum is not None:
                 self._sum.remind(part.client)
@@ -380,7 +402,10 @@ class Collection:
         assert self._sum is not None, "or nothing was left"
         self._sum.lost(part.client)
         now, round = self._house.clock(), self.round
-        event = EventRecord(now, "secure sum left", reason, round.run, round.number, part.client)
+        self._note(EventRecord(now, "secure sum left", reason, round.run, round.number, part.client))
+
+    def _note(self, event: EventRecord) -> None:
+        log.warning(event.what, round=event.round, client=event.client, reason=event.told)
         telling = asyncio.create_task(self._house.store.commit(event))
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)

@@ -28,6 +28,7 @@ from choral_server.checkpoints import BEST, LATEST, Checkpoints, Make
 from choral_server.config import ServerConfig
 from choral_server.failpoints import Transition
 from choral_server.global_model import GlobalModel
+from choral_server.grouped_sum import GroupedSum
 from choral_server.intake import digest_of as digest_of_file
 from choral_server.intake import payload_bytes
 from choral_server.masked_sum import MaskedSum
@@ -43,7 +44,7 @@ from choral_server.task_code import TaskCode
 from choral_server.troubles import Troubles
 from choral_server.version_forms import VersionForms
 
-Aggregate = WeightedSum | StatisticsSum | MaskedSum | None
+Aggregate = WeightedSum | StatisticsSum | MaskedSum | GroupedSum | None
 ARTIFACTS, EVALUATION = "artifacts", "evaluation"
 _NAMED = 10  # versions named in a message
 
@@ -210,13 +211,15 @@ class Run:
         """An empty aggregate for a round of this kind that is to be made of `goal` results; there is one at a time."""
         plan, settings = self.plan(kind, goal, 0), self.settings.secure_aggregation
         if settings is not None and plan.secure is not None:
-            return MaskedSum(self.layout(plan), settings.scale(goal), plan.secure, self.metrics)
+            layout, scale = self.layout(plan), settings.scale(goal)
+            sums = [MaskedSum(layout, scale, plan.secure, self.metrics) for _ in range(settings.groups_of(kind))]
+            return sums[0] if len(sums) == 1 else GroupedSum(sums)
         if kind is Kind.TRAINING:
             self._sum = self._sum or WeightedSum(self.model.manifest.size, self.settings.cap)
             return self._sum.emptied()
         return StatisticsSum() if kind is Kind.STATISTICS else None
 
-    def make_version(self, kind: Kind, aggregate: WeightedSum | StatisticsSum | MaskedSum, weights: Path, state: Path) -> bytes:
+    def make_version(self, kind: Kind, aggregate: Aggregate, weights: Path, state: Path) -> bytes:
         """Write the next version, and the optimizer's state, from what a round collected; the version's SHA-256.
 
         Goes through the model in blocks: neither the present weights nor the next are ever whole in memory. Slow for large models:
@@ -224,11 +227,11 @@ class Run:
         """
         metadata = self._metadata(self.record.latest + 1)
         if kind is Kind.STATISTICS:
-            assert not isinstance(aggregate, WeightedSum), "which is of updates"
+            assert isinstance(aggregate, StatisticsSum | MaskedSum), "the others are of updates"
             if self._state is not None:
                 self._state.copy(state)
             return self.model.write_standardized(weights, metadata, aggregate.moments())
-        assert not isinstance(aggregate, StatisticsSum), "which is of statistics"
+        assert isinstance(aggregate, WeightedSum | MaskedSum | GroupedSum), "the others are of statistics"
         with StateWriter(state, self.model.manifest.size) as writer:
 
             def next_weights(present: NDArray[np.float32], start: int) -> NDArray[np.float32]:
@@ -258,7 +261,7 @@ class Run:
         """Use what a closed round collected: publish its version, if it makes one, and what clients measured; in one commit."""
         accepted = [part for part in closed.parts.values() if part.state is PartState.ACCEPTED]
         cap = self.settings.cap
-        if isinstance(aggregate, MaskedSum):
+        if isinstance(aggregate, MaskedSum | GroupedSum):
             measured = aggregate.held_out()
         else:
             measured = weighted_mean(replace(m, examples=min(m.examples, cap)) for part in accepted for m in part.held_out)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from choral.config import Settings
 from choral.errors import ConfigError
-from choral.plan import SecurePlan
+from choral.plan import Kind, SecurePlan
 from choral.secagg.fixed_point import FixedPoint, fixed_point
 from choral.secagg.graph import shape_of
 from pydantic import Field
@@ -30,8 +30,16 @@ class SecureAggregation(Settings):
     """bits of each entry of a sum; 64 doubles the upload and rounds as little as without secure aggregation"""
     fraction_bits: int | None = None
     """bits behind the point; as many as a sum of cohort_size clients cannot overflow with, if not given"""
+    groups: Annotated[int, Field(ge=1, le=100)] = 1
+    """into how many groups the clients of a training round are divided, each with a sum of its own; the model is moved by the
+    median over the groups, so that clients that send nonsense spoil their group's sum and not the model; the coordinator sees the
+    sum of each group"""
     step_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 30.0
     """seconds that clients have for each step once the round's results are ready; an upload that advances may take longer"""
+
+    def groups_of(self, kind: Kind) -> int:
+        """Into how many groups the clients of a round are divided: statistics and measurements are sums, of which there is one."""
+        return self.groups if kind is Kind.TRAINING else 1
 
     def scale(self, clients: int) -> FixedPoint:
         """How entries are rounded in a sum of so many. Raises ConfigError, with the arithmetic."""
@@ -53,6 +61,13 @@ class SecureAggregation(Settings):
             raise ValueError(
                 f"a sum of {quorum} clients (quorum, or cohort_size) is less than secure_aggregation.minimum_cohort "
                 f"{self.minimum_cohort}: raise the one, or lower the other; below 3 it hides nothing from the other client"
+            )
+        if self.groups == 2:
+            raise ValueError("secure_aggregation.groups: 2: the median of two is their mean; give 3 or more, or leave it out")
+        if quorum // self.groups < self.minimum_cohort:
+            raise ValueError(
+                f"secure_aggregation.groups {self.groups}: of {quorum} clients (quorum, or cohort_size) a group has "
+                f"{quorum // self.groups}, and minimum_cohort is {self.minimum_cohort}: fewer groups, or a larger quorum"
             )
         try:
             scale = self.scale(cohort_size)

@@ -148,6 +148,11 @@ class SecureSum:
         self._sent.add(client)
         self._answer(client)
 
+    @property
+    def results(self) -> int:
+        """How many are in the sum."""
+        return len(self._sent)
+
     def lost(self, client: str) -> None:
         """A client does not go on: nothing more is awaited from it."""
         if client in self._awaited - self._taking:

@@ -9,6 +9,7 @@ import structlog
 from choral_server import failpoints
 from choral_server.aggregate import WeightedSum
 from choral_server.failpoints import Step
+from choral_server.grouped_sum import GroupedSum
 from choral_server.masked_sum import MaskedSum
 from choral_server.offload import offload
 from choral_server.rounds import Part
@@ -59,7 +60,7 @@ class Tally:
             return
         await offload(self._result_bytes, self.aggregate.fold, part, self._spool.path(part.client, part.digest))
         failpoints.reach(Step.UPLOAD_FOLDED.value)
-        if isinstance(self.aggregate, MaskedSum):  # of which a restart could make nothing
+        if isinstance(self.aggregate, MaskedSum | GroupedSum):  # of which a restart could make nothing
             self._spool.drop([part])
             return
         self._kept.append(part)

@@ -59,3 +59,32 @@ def test_a_secure_run_gives_what_a_plain_one_gives_and_tells_nothing_of_one_clie
     assert all(codec == "masked" and state == "accepted" for *_, codec, state in secure["parts"])
     assert {(examples, held_out, work) for _, examples, held_out, work, *_ in secure["parts"]} == {(0, "[]", "[]")}
     assert set(secure["examples"]) == {(0,)}
+
+
+def test_with_groups_the_model_moves_by_the_median_of_their_means(tmp_path: Path, zygote: Zygote) -> None:
+    """Three groups of two; in one of them somebody has been taught the opposite, a thousand times over."""
+    shards = {f"client-{number}": [(1.0, 2.0, 3.0), (2.0, 1.0, 3.0), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0)] for number in range(6)}
+    lies = shards | {"client-3": [(a, b, -1000 * y) for a, b, y in shards["client-3"]]}
+    honest = moved(tmp_path / "honest", zygote, shards, groups=3)
+    spoilt = moved(tmp_path / "spoilt", zygote, lies)
+    groups = moved(tmp_path / "groups", zygote, lies, groups=3)
+    for name, weights in honest.items():
+        np.testing.assert_allclose(groups[name], weights, atol=1e-5, err_msg=name)
+        assert np.abs(spoilt[name] - weights).max() > 0.1, name
+
+
+def moved(folder: Path, zygote: Zygote, shards: dict[str, list[tuple[float, float, float]]], **secure: Any) -> dict[str, Any]:
+    """The weights after a round of training, in which everybody has the same seed: full batches need none."""
+    folder.mkdir()
+    with Federation(folder, zygote=zygote) as federation:
+        settings = {"rounds": 1, "cohort_size": 6, "training": {"batch_size": 4}}
+        settings |= {"secure_aggregation": {"minimum_cohort": 2, "clip": 1000.0} | secure, "weight_cap": 4}
+        federation.coordinator(run=settings, evaluation={"clients": False})
+        everyone = list(federation.processes)
+        for name, rows in shards.items():
+            state = federation.folder / name / "client"
+            state.mkdir(parents=True)
+            (state / "guard.yaml").write_text("{secure_aggregation: true, min_cohort: 2}")
+            everyone.append(federation.client(name, federation.write_shard(name, rows)))
+        assert [process.code() for process in everyone] == [0] * 7
+        return load_file(federation.versions / "latest.safetensors")
