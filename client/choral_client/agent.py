@@ -44,6 +44,7 @@ from choral.sum_messages import FromSummand, SumRoster, SumShares, SumSignatures
 from choral.wire import brief
 
 from choral_client.backoff import CAP_S, Patience, full_jitter
+from choral_client.contribution import check_terms
 from choral_client.delivery import Deliveries
 from choral_client.diary import Diary
 from choral_client.guard_file import GuardFile
@@ -130,7 +131,7 @@ class Agent:
         self._signer = signer
         self._vouch = vouch
         self._spent = Spent(state)
-        self._sum: SumPart | None = None  # of the job under way
+        self._sum: SumPart | None = None  # of the job under way, or the last one, whose last word may be asked for again
         self._deliveries = Deliveries(
             transport, self._outbox, self._patience, self._report, self._oversight.permit_sending, self._residual.settle
         )
@@ -221,7 +222,7 @@ class Agent:
                     log.info("still at it", round=message.round)
                     if self._status is not None and self._status.assignment == message.id:
                         await self._report(self._status)
-                    if self._sum is not None:
+                    if self._sum is not None and self._sum.assignment == message.id:
                         await self._sum.repeat()
                     return
                 if job is not None:
@@ -243,7 +244,7 @@ class Agent:
 
     async def _hear_of_sum(self, message: ToSummand) -> None:
         if self._sum is not None and self._sum.assignment == message.assignment:
-            self._sum.hear(message)
+            await self._sum.hear(message)
         else:
             told = "this client has no keys for the secure sum any more: it was started again, or has left the sum"
             await self._report(Status(message.assignment, Phase.DECLINED, told))
@@ -295,11 +296,12 @@ class Agent:
             parcel, payload = await self._thread.do(partial(self._mask_and_save, assignment, summand, mask, stop))
             await self._deliveries.send(parcel, payload)
             await part.reveal()
-            log.info("secure sum done", round=assignment.round)
+        except BaseException:
+            self._sum = None
+            raise
         finally:
             part.end()
-            if self._sum is part:
-                self._sum = None
+        log.info("secure sum done", round=assignment.round)
 
     async def _part(self, assignment: Assignment) -> SumPart:
         """Raises Declined: nobody could tell that it is this client, or the round has been revealed before."""
@@ -307,6 +309,7 @@ class Agent:
         assert secure is not None, "looked at by who called"
         if self._signer is None:
             raise Declined("this client has no signing key, without which it takes part in no secure sum: enrol it")
+        check_terms(secure)
         terms = Terms(secure.run, assignment.round, version, digest_of(assignment.plan), secure.threshold)
         await asyncio.to_thread(self._spent.check, terms)
         floor = (await asyncio.to_thread(self._oversight.admit, assignment.plan)).floor(secure)

@@ -130,6 +130,8 @@ class Guard(Settings):
             raise Declined(_told("max_epochs", f"{plan.training.epochs} epochs", f"at most {self.max_epochs}"))
         if self.min_cohort is not None and plan.cohort < self.min_cohort:
             raise Declined(_told("min_cohort", f"a cohort of {plan.cohort}", f"at least {self.min_cohort}"))
+        if plan.secure is not None and plan.secure.most_clients < (least := self.floor(plan.secure).least_clients):
+            raise Declined(_told("min_cohort", f"a secure sum of {plan.secure.most_clients}", f"at least {least}"))
         self.check_sending(now, address, masked=plan.secure is not None)
 
     def floor(self, secure: SecurePlan) -> Floor:

@@ -41,10 +41,13 @@ class SumPart:
         self._inbox: asyncio.Queue[ToSummand] = asyncio.Queue(_UNHEARD)
         self._heard: dict[type[Any], ToSummand] = {}
         self._last: FromSummand | None = None
+        self._revealed = False
 
-    def hear(self, message: ToSummand) -> None:
+    async def hear(self, message: ToSummand) -> None:
         """The coordinator says something; what comes again and again is not kept."""
-        if not self._inbox.full():
+        if self._revealed:
+            await self.repeat()  # who goes on asking has not heard it: the very same shares, and no others
+        elif not self._inbox.full():
             self._inbox.put_nowait(message)
 
     async def repeat(self) -> None:
@@ -66,6 +69,7 @@ class SumPart:
         await self._say(SumSignature(self.assignment, self._masking.take_survivors(survivors.clients)))
         signatures = await self._next(SumSignatures)
         revealed = await asyncio.to_thread(self._masking.reveal, signatures.signatures)
+        self._revealed = True
         await self._say(SumRevealed(self.assignment, revealed.mask_seeds, revealed.key_seeds))
 
     def end(self) -> None:

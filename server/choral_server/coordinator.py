@@ -219,7 +219,7 @@ class Coordinator:
         self._round_s = closed.duration_s or self._round_s
         collection.spool.clear()
         _log_round(run, closed)
-        if closed.state is RoundState.DONE and collection.tally.aggregate is not None:
+        if closed.state is RoundState.DONE and closed.kind is not Kind.EVALUATION:
             self._herald.proclaim(run.version)
         await self._measure(run)
         if self._goes_on(run) and run.next_kind() is Kind.TRAINING:
