@@ -29,11 +29,19 @@ has_server = find_spec("choral_server") is not None
 has_client = find_spec("choral_client") is not None
 
 if has_server:
-    from choral_deploy import audit_commands, backup_commands, doctor_command, operator_commands, server_commands
+    from choral_deploy import (
+        audit_commands,
+        authority_commands,
+        backup_commands,
+        doctor_command,
+        operator_commands,
+        server_commands,
+    )
 
     app.add_typer(server_commands.app, name="server")
     operator_commands.add_to(app)
     app.add_typer(audit_commands.app, name="audit")
+    app.add_typer(authority_commands.app, name="authority")
     app.command()(doctor_command.doctor)
     app.command()(backup_commands.backup)
     app.command()(backup_commands.restore)

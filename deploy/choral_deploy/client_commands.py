@@ -103,6 +103,57 @@ def enrol(
 
 
 @app.command()
+def fingerprint(
+    name: Annotated[str | None, typer.Option(help="The client's name; that under which it enrolled, if not given.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Its state folder; choral-NAME if not given.")] = None,
+) -> None:
+    """Show this device's signing key, by which other clients know it; make it, if there is none."""
+    from choral.fingerprint import shown_fingerprint, shown_key
+    from choral_client.signing_key import SigningKey
+
+    folder, known = _named(name, state)
+    key = SigningKey.of(folder).public
+    rows = {"name": known, "fingerprint": shown_fingerprint(key), "key": shown_key(key)}
+    typer.echo("\n".join(f"{told:<12} {value}" for told, value in rows.items() if value is not None))
+
+
+@app.command()
+def voucher(
+    file: Annotated[Path, typer.Argument(help="What `choral authority certify` has printed.")],
+    name: Annotated[str | None, typer.Option(help="The client's name; that under which it enrolled, if not given.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Its state folder; choral-NAME if not given.")] = None,
+    authority: Annotated[
+        Path | None, typer.Option(help="Certificate to check it with; the guard's authority, if it has one.")
+    ] = None,
+) -> None:
+    """Let an authority elsewhere certify this device's signing key, whatever the coordinator's authority says of it."""
+    from datetime import UTC, datetime
+
+    from choral.errors import ConfigError, Deceived, TrustError
+    from choral.identity import certificates
+    from choral.voucher import Voucher, check
+    from choral_client.guard_file import GuardFile
+    from choral_client.signing_key import SigningKey
+
+    folder, known = _named(name, state)
+    try:
+        made = Voucher.parse(file.read_bytes(), str(file))
+    except OSError as error:
+        raise TrustError(f"{file} cannot be read ({error.strerror}): give a file that this user may read") from error
+    if known is not None and made.name != known:
+        raise ConfigError(f"{file} is for {made.name}, and this client is {known}: ask the authority for another")
+    trusted = authority if authority is not None else GuardFile(folder).current().authority
+    if trusted is not None:
+        try:
+            check(made.signature, made.name, made.key, certificates(trusted), datetime.now(UTC))
+        except Deceived as error:
+            raise TrustError(f"{file} is not by the authority in {trusted}, or that has expired: ask it for another") from error
+    place = SigningKey.of(folder).keep(made)
+    by = f"certified by {trusted}" if trusted is not None else "its signature unchecked: no --authority, and none in the guard"
+    typer.echo(f"{place} says that this device is {made.name}; {by}. A running client shows it from its next round on.")
+
+
+@app.command()
 def status(state: Annotated[Path, typer.Argument(help="The client's state folder.")]) -> None:
     """Show what a client does; exit code 0 if it noted anything in the last minute."""
     import json
@@ -114,6 +165,21 @@ def status(state: Annotated[Path, typer.Argument(help="The client's state folder
     typer.echo(json.dumps(note))
     if note["age_s"] > _MAX_SILENCE_S and note["doing"] != "finished":
         raise Unreachable(f"{state}: the client has noted nothing for {note['age_s']} s; is it running?")
+
+
+def _named(name: str | None, state: Path | None) -> tuple[Path, str | None]:
+    """A client's state folder, and its name as far as it is known."""
+    from choral.errors import ConfigError
+    from choral.identity import held
+    from choral_client.config import folder_of
+
+    if state is None and name is None:
+        raise ConfigError("give --name, or --state with the client's state folder")
+    folder = state if state is not None else folder_of(name or "")
+    enrolled = held(folder)
+    if enrolled is not None and name is not None and enrolled.name != name:
+        raise ConfigError(f"--name: {folder} holds the identity of {enrolled.name}: give its name, or another folder")
+    return folder, name if enrolled is None else enrolled.name
 
 
 def _config(path: Path | None, flags: dict[str, Any]) -> Any:

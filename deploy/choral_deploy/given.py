@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 
-def text(argument: str) -> str:
-    """The argument itself; of @FILE the content, of - what comes on standard input. Raises ConfigError."""
+def text(argument: str, what: str = "the token") -> str:
+    """The argument itself; of @FILE the content, of - what comes on standard input. Raises ConfigError, which names `what`."""
     from choral.errors import ConfigError
 
     if argument == "-":
@@ -18,7 +18,7 @@ def text(argument: str) -> str:
     try:
         return Path(argument[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{argument[1:]} cannot be read ({error}): give the file that holds the token") from error
+        raise ConfigError(f"{argument[1:]} cannot be read ({error}): give the file that holds {what}") from error
 
 
 def hand_over(path: Path, secret: str) -> None:

@@ -23,6 +23,7 @@ from choral_client.guard import Guard, IPAddress, Window, address_towards
 from choral_client.guard_file import GuardFile
 from choral_client.oversight import Oversight
 from choral_client.train import Stopped
+from client.authorities import Authority
 
 PATIENCE_S = 60.0
 NOON = datetime(2026, 11, 25, 12, 0)
@@ -155,11 +156,23 @@ def test_networks(networks: list[str], inside: list[str], outside: list[str]) ->
         ({"networks": ["home"]}, "write a network as 192.168.1.0/24 or fd00::/8"),
         ({"networks": ["192.168.1.7/24"]}, "192.168.1.7/24 has host bits set"),
         ({"networks": [10]}, "write a network as 192.168.1.0/24"),
+        ({"clients": ["bob"]}, "guard.yaml: clients: a list is not allowed"),
+        ({"clients": {"bob": "ab"}}, "clients.bob: 'ab' is not allowed: a fingerprint is 64 hexadecimal digits: copy what"),
+        ({"clients": {"bob": 7}}, "clients.bob: 7 is not allowed: write the fingerprint as text"),
+        ({"clients": {"bob": "ed25519:" + "ab" * 32}}, "this is a key, not its fingerprint"),
+        ({"clients": {"../bob": "ab" * 32}}, "guard.yaml: clients.../bob"),
+        ({"authority": 7}, "guard.yaml: authority: 7 is not allowed"),
+        ({"authority": "ca.pem", "clients": {}}, "guard.yaml: clients contradicts authority"),
     ],
 )
 def test_what_no_guard_can_say(keys: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(told)):
         guard(**keys)
+
+
+def test_fingerprints_are_kept_as_they_are_compared() -> None:
+    for text in ("ab" * 32, "AB" * 32, "sha256:" + "ab" * 32):
+        assert guard(clients={"bob": text}).clients == {"bob": "ab" * 32}
 
 
 def test_a_window_is_shown_as_it_was_written() -> None:
@@ -185,7 +198,7 @@ def test_the_example_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "guard.md").read_text()
     example = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert example is not None
-    assert set(yaml.safe_load(example[1])) == set(Guard.model_fields) - {"secure_aggregation", "max_epsilon"}
+    assert set(yaml.safe_load(example[1])) == set(Guard.model_fields) - {"secure_aggregation", "max_epsilon", "authority"}
     guard(**yaml.safe_load(example[1])).check(plan(task="boston_housing"), at("23:00"), ipaddress.ip_address("192.168.178.20"))
 
 
@@ -241,6 +254,20 @@ def test_it_does_not_start_with_a_guard_that_it_cannot_keep(tmp_path: Path) -> N
     (tmp_path / "guard.yaml").write_text("max_epoch: 5")
     with pytest.raises(ConfigError, match=r"guard\.yaml: max_epoch: unknown key"):
         GuardFile(tmp_path)
+
+
+def test_the_path_of_an_authority_counts_from_the_guards_folder(tmp_path: Path) -> None:
+    (tmp_path / "guard.yaml").write_text("authority: pki/their.pem")
+    with pytest.raises(ConfigError, match=r"guard\.yaml: authority: .*/pki/their\.pem cannot be read"):
+        GuardFile(tmp_path)
+    (tmp_path / "pki").mkdir()
+    (tmp_path / "pki" / "their.pem").write_bytes(Authority.made().certificate)
+    file = GuardFile(tmp_path)
+    assert file.current().authority == tmp_path / "pki" / "their.pem"
+    (tmp_path / "pki" / "other.pem").write_text("nonsense")
+    (tmp_path / "guard.yaml").write_text(f"authority: {tmp_path}/pki/other.pem")
+    with pytest.raises(Declined, match=r"authority: .*/pki/other\.pem holds no certificate in PEM form"):
+        file.current()
 
 
 # The day's work

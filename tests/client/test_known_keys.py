@@ -61,9 +61,9 @@ def test_one_that_nobody_or_another_certifies_is_not(device: Device) -> None:
     known = device.knows()
     with pytest.raises(Deceived, match="nobody certifies the signing key of bob"):
         known.vouch(device.bobs(None))
-    with pytest.raises(Deceived, match="the signing key of bob .* is not certified"):
+    with pytest.raises(Deceived, match=r"the signing key of bob .* is not certified"):
         known.vouch(device.bobs(device.elsewhere))
-    with pytest.raises(Deceived, match="the signing key of bob .* is not certified"):
+    with pytest.raises(Deceived, match=r"the signing key of bob .* is not certified"):
         known.vouch(device.bobs(device.coordinators, "carol"))
 
 
@@ -125,7 +125,7 @@ def test_what_its_owner_changes_counts_at_once(device: Device) -> None:
     device.guarded(f"clients: {{bob: {fingerprint(device.bob.public)}}}")
     known.vouch(bobs)
     device.guarded("clients: {bob: nonsense}")
-    with pytest.raises(Declined, match="cannot be used, so nothing is done: .*a fingerprint is 64 hexadecimal digits"):
+    with pytest.raises(Declined, match=r"cannot be used, so nothing is done: .*a fingerprint is 64 hexadecimal digits"):
         known.vouch(bobs)
 
 

@@ -100,5 +100,5 @@ def test_a_damaged_voucher_is_named(tmp_path: Path, where: str) -> None:
     key = SigningKey.of(tmp_path)
     issued(tmp_path, str(voucher("alice", key.public)))
     (tmp_path / where).write_text("half of")
-    with pytest.raises(TrustError, match="signing.voucher holds no voucher"):
+    with pytest.raises(TrustError, match=r"signing\.voucher holds no voucher"):
         key.signer("alice")

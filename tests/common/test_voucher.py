@@ -87,7 +87,7 @@ def test_the_key_that_is_certified_certifies_nobody() -> None:
 
 def test_a_client_without_a_voucher_is_told_how_to_get_one() -> None:
     with pytest.raises(
-        Deceived, match="nobody certifies the signing key of alice .*: let alice renew its certificate .* pin it in"
+        Deceived, match=r"nobody certifies the signing key of alice .*: let alice renew its certificate .* pin it in"
     ):
         check(b"", "alice", KEY, certificate(P256), NOW)
 

@@ -35,7 +35,7 @@ runpy.run_module("choral_deploy.cli", run_name="__main__", alter_sys=True)
 """
 """The command, with a package that is not installed."""
 
-SERVER = {"server", "runs", "rounds", "clients", "versions", "shards"}
+SERVER = {"server", "authority", "runs", "rounds", "clients", "versions", "shards"}
 CLIENT = {"client"}
 BOTH = {"demo"}
 

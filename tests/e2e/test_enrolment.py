@@ -14,12 +14,15 @@ import pytest
 from choral.address import HostPort
 from choral.durable import write_durably
 from choral.errors import ChoralError, TrustError
+from choral.fingerprint import shown_fingerprint
 from choral.identity import read_identity
 from choral.status import reason_of
 from choral.token import Token
 from choral.v1 import admin_pb2
-from choral_client.enrolment import enrol
-from choral_server.trust import Authority, make_authority
+from choral.voucher import Voucher, check
+from choral_client.enrolment import enrol, renew
+from choral_client.signing_key import SigningKey
+from choral_server.trust import Authority, make_authority, make_voucher_authority
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from e2e.federation import Federation, run_apart, until
 from e2e.scripted import Scripted, hello
@@ -48,11 +51,20 @@ def test_a_token_turns_into_an_identity_whose_keys_are_the_devices_own(idle: Fed
     assert enrolled.code() == 0, enrolled.stderr
     assert "Enrolled as device alice" in enrolled.stdout
     folder = tmp_path / "choral-alice" / "identity"
-    assert {path.name for path in folder.iterdir()} == {"tls.key", "tls.pem", "signing.key", "ca.pem", "about.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "tls.key",
+        "tls.pem",
+        "signing.key",
+        "signing.voucher",
+        "ca.pem",
+        "about.json",
+    }
     for key in ("tls.key", "signing.key"):
         assert stat.S_IMODE((folder / key).stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert read_identity(folder).credentials.ca == idle.ca.read_bytes()
+    signer = SigningKey.of(folder.parent).signer("alice")
+    check(signer.voucher, "alice", signer.key, idle.ca.read_bytes(), datetime.now(UTC))
     [row] = [row for row in idle.rows("clients", "enrolled") if row["name"] == "alice"]
     assert (row["role"], row["reason"]) == ("device", "")
     secret = Token.parse(token).secret
@@ -197,6 +209,25 @@ def test_certificates_are_renewed_before_they_expire_while_rounds_go_on(quick: F
     assert [client.code() for client in clients] == [0, 0]
 
 
+def test_a_device_from_before_there_were_vouchers_gets_one_when_it_renews_and_keeps_its_owners(
+    idle: Federation, tmp_path: Path
+) -> None:
+    known = idle.identity("older")
+    (known.folder / "signing.voucher").unlink()
+    key = SigningKey.of(known.folder.parent)
+    assert key.signer("older").voucher == b""
+    run_apart(renew(known))
+    check(key.signer("older").voucher, "older", key.public, idle.ca.read_bytes(), datetime.now(UTC))
+
+    make_voucher_authority(tmp_path)
+    elsewhere = Authority.load(tmp_path / "ca.pem", tmp_path / "ca.key").vouch("older", key.public)
+    key.keep(Voucher("older", key.public, elsewhere))
+    run_apart(renew(known))
+    assert key.signer("older").voucher == elsewhere
+    assert tried(idle, idle.token("older"), known.folder.parent) == "older"  # all keys of TLS are others, this one stays
+    assert SigningKey.of(known.folder.parent).signer("older").voucher == elsewhere
+
+
 def test_a_client_whose_certificate_has_expired_says_so(idle: Federation, tmp_path: Path) -> None:
     idle.identity("sleeper")
     state = tmp_path / "sleeper"
@@ -238,6 +269,9 @@ def test_certificates_of_an_authority_of_yours(quick: Federation, tmp_path: Path
         files[name]["--key"].write_bytes(key)
     alice, bob = (quick.client(name, flags=files[name]) for name in ("alice", "bob"))
     quick.processes[0].saw("round done", 3)
+    key = SigningKey.of(quick.folder / "alice" / "client")  # made at the first start, and certified by nobody
+    assert alice.saw("client starts")["signing_key"] == shown_fingerprint(key.public)
+    assert key.signer("alice").voucher == b""
     carol = grpc.ssl_channel_credentials(
         quick.ca.read_bytes(), files["carol"]["--key"].read_bytes(), files["carol"]["--certificate"].read_bytes()
     )

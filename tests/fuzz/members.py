@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import Any
 
 from choral.address import HostPort
 from choral.config import parse
-from choral.errors import Revoked, TrustError, Unauthenticated
-from choral.identity import ABOUT, AUTHORITY, CERTIFICATE, FOLDER, KEY, read_credentials, read_identity
+from choral.errors import Deceived, Revoked, TrustError, Unauthenticated
+from choral.identity import ABOUT, AUTHORITY, CERTIFICATE, FOLDER, KEY, SIGNING_KEY, VOUCHER, read_credentials, read_identity
 from choral.names import is_name
 from choral.token import SECRET_BYTES, Token, digest_of
 from choral.v1 import enrolment_pb2 as pb
+from choral.voucher import Voucher, check, sign
 from choral_client import enrolment
 from choral_client.config import folder_of
+from choral_client.signing_key import SigningKey
 from choral_server.caller import CALLER, Role
 from choral_server.config import ServerConfig
 from choral_server.database import Database
@@ -384,6 +386,7 @@ def tls_files(folder: Path) -> Iterator[Decode]:
         loaded.renew_server(tls.certificate, tls.key, datetime(2100, 1, 1, tzinfo=UTC))
         made = loaded.certify(KEYS[CLIENT].public_key(), CLIENT, "device", 3600.0, datetime.now(UTC))
         assert made.not_valid_after_utc <= loaded.certificate.not_valid_after_utc
+        loaded.vouch(CLIENT, bytes(32))
 
     yield decode
 
@@ -418,6 +421,7 @@ def answer(folder: Path) -> Iterator[Decode]:
         fresh = folder / f"{FOLDER}.new"
         fresh.mkdir(exist_ok=True)
         (fresh / KEY).write_bytes(_private(KEYS[NEWCOMER]))
+        (fresh / SIGNING_KEY).write_bytes(_private(_SIGNING))
         known = enrolment._settled(folder, NEWCOMER, SERVER, _lasting(KEYS[CLIENT], "ca"), pb.EnrolResponse.FromString(data))
         _check_identity(known)
         assert known.name == NEWCOMER
@@ -433,6 +437,7 @@ def renewed(folder: Path) -> Iterator[Decode]:
     place.mkdir()
     for name, content in zip((ABOUT, AUTHORITY, CERTIFICATE, KEY), pieces_of(_identity_with()), strict=True):
         (place / name).write_bytes(content)
+    (place / SIGNING_KEY).write_bytes(_private(_SIGNING))
 
     def decode(data: bytes) -> None:
         known = read_identity(place)
@@ -457,7 +462,8 @@ def _ders() -> list[bytes]:
 
 def answer_seeds() -> list[bytes]:
     own = _der(_lasting(KEYS[NEWCOMER], NEWCOMER))
-    return [pb.EnrolResponse(certificate=own, name=NEWCOMER, role="device").SerializeToString()]
+    said = pb.EnrolResponse(certificate=own, name=NEWCOMER, role="device", voucher=_vouched(NEWCOMER))
+    return [said.SerializeToString()]
 
 
 def answer_hostile() -> list[bytes]:
@@ -466,16 +472,62 @@ def answer_hostile() -> list[bytes]:
     said = [pb.EnrolResponse(certificate=own, name=name, role="device") for name in names]
     said += [pb.EnrolResponse(certificate=own, name=NEWCOMER, role=role) for role in ("", "operator", "\x1b[2J", "x" * 100_000)]
     said += [pb.EnrolResponse(certificate=one, name=NEWCOMER, role="device") for one in _ders()]
+    said += [pb.EnrolResponse(certificate=own, name=NEWCOMER, role="device", voucher=one) for one in _vouchers_hostile()]
     return [one.SerializeToString() for one in said]
 
 
 def renewed_seeds() -> list[bytes]:
-    return [pb.RenewResponse(certificate=_der(_lasting(KEYS[CLIENT], CLIENT))).SerializeToString()]
+    own = _der(_lasting(KEYS[CLIENT], CLIENT))
+    return [pb.RenewResponse(certificate=own, voucher=_vouched(CLIENT)).SerializeToString()]
 
 
 def renewed_hostile() -> list[bytes]:
-    other = _der(_lasting(KEYS[NEWCOMER], CLIENT))
-    return [pb.RenewResponse(certificate=one).SerializeToString() for one in [other, *_ders()]]
+    own, other = (_der(_lasting(KEYS[name], CLIENT)) for name in (CLIENT, NEWCOMER))
+    said = [pb.RenewResponse(certificate=one) for one in [other, *_ders()]]
+    said += [pb.RenewResponse(certificate=own, voucher=one) for one in _vouchers_hostile()]
+    return [one.SerializeToString() for one in said]
+
+
+def _vouched(name: str) -> bytes:
+    return sign(KEYS[CLIENT], name, _SIGNING.public_key().public_bytes_raw())
+
+
+def _vouchers_hostile() -> list[bytes]:
+    good = _vouched(CLIENT)
+    return [_vouched("mallory"), good[:-1], good + b"\0", b"\x30\x06\x02\x01\x00\x02\x01\x00", bytes(64), bytes(100_000)]
+
+
+@contextmanager
+def owners_voucher(folder: Path) -> Iterator[Decode]:
+    """A file that an owner was given, to be kept; what is not for this device takes no place."""
+    (folder / SIGNING_KEY).write_bytes(_private(_SIGNING))
+    key, ca = SigningKey.of(folder), _lasting(KEYS[CLIENT], "ca")
+
+    def decode(data: bytes) -> None:
+        (folder / VOUCHER).unlink(missing_ok=True)
+        made = Voucher.parse(data, "alice.voucher")
+        assert is_name(made.name), "a name that nobody may have"
+        with suppress(Deceived):
+            check(made.signature, made.name, made.key, ca, datetime.now(UTC))
+            assert (made.name, made.key) == (CLIENT, key.public), "somebody whom the authority has not certified"
+        key.keep(made)
+        assert key.signer(made.name).voucher == made.signature
+
+    yield decode
+
+
+_GOOD_VOUCHER = Voucher(CLIENT, _SIGNING.public_key().public_bytes_raw(), _vouched(CLIENT))
+
+
+def vouchers_in_files_hostile() -> list[bytes]:
+    told = json.loads(str(_GOOD_VOUCHER))
+    changes: list[dict[str, Any]] = [
+        *({"name": name} for name in ("../x", "", 5, None, ["a"], "\ud800", "x" * 5000)),
+        *({"key": key} for key in (None, 5, "", "00" * 32, "ed25519:" + "00" * 32, "sha256:" + "00" * 32, {})),
+        *({"signature": signature} for signature in (None, 5, "", "0", "zz", [])),
+        *({"choral voucher": form} for form in (None, "1", 2, [])),
+    ]
+    return [*(json.dumps(told | change).encode() for change in changes), b"[" * 100_000, b"null", b"7", b"\xff", b""]
 
 
 _AT_THE_GATE = (Unauthenticated, Revoked)
@@ -528,6 +580,13 @@ TARGETS = [
     ),
     Target("identity", identity, lambda: [_identity_with()], (TrustError,), PEM, hostile=identity_hostile),
     Target("TLS files of a coordinator", tls_files, lambda: [framed(tls_pieces())], (TrustError,), PEM, hostile=tls_hostile),
+    Target(
+        "voucher of an owner",
+        owners_voucher,
+        lambda: [str(_GOOD_VOUCHER).encode()],
+        (TrustError,),
+        hostile=vouchers_in_files_hostile,
+    ),
     Target("answer to an enrolment", answer, answer_seeds, (TrustError, DecodeError), DER, told=TOLD, hostile=answer_hostile),
     Target("answer to a renewal", renewed, renewed_seeds, (TrustError, DecodeError), DER, told=TOLD, hostile=renewed_hostile),
 ]

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-from choral.errors import TrustError
+from choral.errors import Deceived, TrustError
 from choral.status import from_rpc
-from choral_server.trust import Authority, certificate_in, key_in, make_authority
+from choral.voucher import check
+from choral_server.trust import Authority, certificate_in, key_in, make_authority, make_voucher_authority
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -128,6 +129,33 @@ def test_each_authority_has_keys_of_its_own(tmp_path: Path) -> None:
         make_authority(tmp_path / name, ["localhost"])
     keys = {(tmp_path / name / file).read_bytes() for name in ("a", "b") for file in ("ca.key", "server.key")}
     assert len(keys) == 4
+
+
+def test_an_authority_of_signing_keys_has_a_key_and_a_certificate_only(tmp_path: Path) -> None:
+    make_voucher_authority(tmp_path / "deep" / "authority")
+    folder = tmp_path / "deep" / "authority"
+    assert sorted(path.name for path in folder.iterdir()) == ["ca.key", "ca.pem"]
+    assert stat.S_IMODE((folder / "ca.key").stat().st_mode) == 0o600
+    before = (folder / "ca.key").read_bytes()
+    with pytest.raises(TrustError, match="exists already: choose another folder"):
+        make_voucher_authority(folder)
+    assert (folder / "ca.key").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["EC", "RSA"])
+def test_an_authority_vouches_for_a_name_and_a_key(tmp_path: Path, kind: str) -> None:
+    make_voucher_authority(tmp_path)
+    authority = Authority.load(tmp_path / "ca.pem", tmp_path / "ca.key")
+    if kind == "RSA":  # as somebody's own PKI may have
+        key = rsa.generate_private_key(65537, 2048)
+        made = authority.certify(key.public_key(), "authority", "device", 3600.0, NOW)
+        authority = Authority(made, key)  # type: ignore[arg-type]
+    ca = authority.certificate.public_bytes(Encoding.PEM)
+    voucher = authority.vouch("alice", bytes(32))
+    check(voucher, "alice", bytes(32), ca, NOW)
+    for name, signing_key in (("bob", bytes(32)), ("alice", bytes([1] * 32))):
+        with pytest.raises(Deceived):
+            check(voucher, name, signing_key, ca, NOW)
 
 
 async def test_a_coordinator_without_tls_is_not_said_to_show_a_wrong_certificate(tmp_path: Path) -> None:
