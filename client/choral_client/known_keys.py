@@ -64,7 +64,7 @@ def _check_pinned(said: Advert, pinned: dict[str, str]) -> None:
     if said.client not in pinned:
         raise Deceived(
             f"this device's guard does not allow a secure sum with {said.client}, which is not among those that it pins (clients): "
-            f"add the fingerprint that `choral client fingerprint` prints on the device of {said.client}, or leave it out of the run"
+            f"add the fingerprint that `choral client fingerprint` prints on that device, or leave {said.client} out of the run"
         )
     if fingerprint(said.key) != pinned[said.client]:
         raise Deceived(
