@@ -51,11 +51,11 @@ class GuardFile:
             ) from error
         if content != self._content:  # its time alone may not tell: two edits can fall into one tick of the clock
             self._content = None
-            self._guard = _read(self._path)
+            self._guard = _guard_in(self._path)
             self._content = content
 
 
-def _read(path: Path) -> Guard:
+def _guard_in(path: Path) -> Guard:
     """The guard in a file, with the path of its authority as it counts from the file's folder."""
     guard = read(path, Guard)
     if guard.authority is None:

@@ -6,6 +6,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,14 +14,18 @@ import grpc
 import pytest
 from choral.address import HostPort
 from choral.durable import write_durably
-from choral.errors import ChoralError, TrustError
+from choral.errors import ChoralError, Deceived, TrustError
 from choral.fingerprint import shown_fingerprint
 from choral.identity import read_identity
+from choral.secagg.keys import fresh
+from choral.secagg.roster import Terms, advert, check_advert
 from choral.status import reason_of
 from choral.token import Token
 from choral.v1 import admin_pb2
 from choral.voucher import Voucher, check
 from choral_client.enrolment import enrol, renew
+from choral_client.guard_file import GuardFile
+from choral_client.known_keys import KnownKeys
 from choral_client.signing_key import SigningKey
 from choral_server.trust import Authority, make_authority, make_voucher_authority
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
@@ -226,6 +231,23 @@ def test_a_device_from_before_there_were_vouchers_gets_one_when_it_renews_and_ke
     assert key.signer("older").voucher == elsewhere
     assert tried(idle, idle.token("older"), known.folder.parent) == "older"  # all keys of TLS are others, this one stays
     assert SigningKey.of(known.folder.parent).signer("older").voucher == elsewhere
+
+
+def test_enrolled_devices_know_each_others_signing_keys_and_no_operators(idle: Federation) -> None:
+    terms = Terms("run", 1, bytes(32), bytes(32))
+    keys = {}
+    for name, role in (("anna", "device"), ("ben", "device"), ("chief", "operator")):
+        keys[name] = SigningKey.of(idle.identity(name, role).folder.parent)
+    said = {name: advert(terms, name, fresh().shown(), key.signer(name)) for name, key in keys.items()}
+    for name, other in (("anna", "ben"), ("ben", "anna")):
+        folder = keys[name].state
+        known = KnownKeys(name, keys[name].public, GuardFile(folder), read_identity(folder / "identity").credentials.ca)
+        check_advert(terms, said[other], known.vouch)
+        check_advert(terms, said[name], known.vouch)
+        with pytest.raises(Deceived, match="nobody certifies the signing key of chief"):
+            check_advert(terms, said["chief"], known.vouch)
+        with pytest.raises(Deceived, match="somebody poses as mallory"):
+            known.vouch(replace(said[other], client="mallory"))
 
 
 def test_a_client_whose_certificate_has_expired_says_so(idle: Federation, tmp_path: Path) -> None:
