@@ -29,8 +29,10 @@ from choral.errors import ChoralError, Unreachable
 from choral.plan import Kind
 from choral.token import Token
 from choral.v1 import admin_pb2 as pb
+from choral.voucher import Voucher
 from choral.wire import KINDS
 from choral_client.enrolment import enrol, tls
+from choral_client.signing_key import SigningKey
 from choral_deploy.given import hand_over
 from choral_deploy.operator import Operator
 from choral_deploy.processes import Child, Children, started
@@ -237,13 +239,18 @@ async def unstarted(task: str, run: Mapping[str, Any], rows: int = 2, **config: 
 
 
 def certify(folder: Path, count: int) -> None:
-    """Make so many clients' keys and certificates, as an authority of one's own does if the coordinator enrols nobody."""
+    """Make so many clients' keys and certificates, as an authority of one's own does if the coordinator enrols nobody.
+
+    Their signing keys are certified too, or they would take part in no secure sum.
+    """
     authority = Authority.load(folder / CA_CERTIFICATE, folder / CA_KEY)
     for name in map(_client, range(count)):
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = authority.certify(key.public_key(), name, "device", _CERTIFICATE_S, datetime.now(UTC))
         (folder / f"{name}.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         (folder / f"{name}.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+        signing = SigningKey.of(folder / name)
+        signing.keep(Voucher(name, signing.public, authority.vouch(name, signing.public)))
 
 
 async def launch_s(task: str, run: Mapping[str, Any], clients: int, **config: Any) -> float:
