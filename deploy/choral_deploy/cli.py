@@ -52,7 +52,7 @@ if has_client:
 if has_server and has_client:
     from choral_deploy import demo_command
 
-    app.command(name="demo")(demo_command.demo)
+    app.add_typer(demo_command.app, name="demo")
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""`choral demo`: see a federation train, with one command."""
+"""`choral demo`: see a federation train, and an attack on it, with one command each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ import typer
 
 T = TypeVar("T")
 
+app = typer.Typer(invoke_without_command=True)
 
+
+@app.callback()
 def demo(
+    context: typer.Context,
     rounds: Annotated[int, typer.Option(min=1, help="Training rounds.")] = 100,
     clients: Annotated[int, typer.Option(min=1, max=64, help="How many client processes; the first two are alice and bob.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the shards, the initial weights and the shuffling.")] = 0,
@@ -22,6 +26,9 @@ def demo(
     json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on the last line.")] = False,
 ) -> None:
     """Train Boston housing on this machine: a coordinator and clients, each a process with its own shard, over TLS."""
+    if context.invoked_subcommand is not None:
+        _refuse_lost_flags(context, context.invoked_subcommand)
+        return
     from rich.console import Console
 
     from choral_deploy.demo import names, run
@@ -34,6 +41,37 @@ def demo(
     report.print(Console())
     if json:
         typer.echo(report.to_json())
+
+
+@app.command()
+def attack(
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights and of who takes part; keys are new each time.")] = 0,
+    clients: Annotated[int, typer.Option(help="How many clients are in each secure sum; 2 to 100.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for the picture, attack.png.")] = Path("choral-attack"),
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, and nothing else.")] = False,
+) -> None:
+    """Read what clients have trained on from their updates: from a plain upload, from a masked one, and from the sum."""
+    from choral_client.work import set_threads
+    from rich.console import Console
+
+    from choral_deploy.attack import run
+
+    set_threads(1)  # the model is small
+    report = run(clients, seed, out)
+    if json:
+        typer.echo(report.to_json())
+    else:
+        report.print(Console())
+
+
+def _refuse_lost_flags(context: typer.Context, command: str) -> None:
+    """Raises ConfigError: flags stand before the command, where they would be read and not used."""
+    from choral.errors import ConfigError
+
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    lost = ", ".join(f"--{name}" for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
+    if lost:
+        raise ConfigError(f"{lost}: what stands before {command} is for the demo itself; write it after {command}")
 
 
 async def _ending_on_signals(work: Coroutine[Any, Any, T]) -> T:
