@@ -15,15 +15,16 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from choral.errors import ConfigError
-from choral.plan import Kind, Plan, digest_of, seed_for
-from choral.secagg.fixed_point import FixedPoint, Ring, fixed_point
+from choral.plan import Kind, Plan, SecurePlan, digest_of, seed_for
 from choral.secagg.roster import Terms
+from choral.secagg.summand import Summand
 from choral.standardize import standardize_of
 from choral.statistics import Moments
 from choral.tasks.boston_housing import FEATURES, task
 from choral.tasks.shards import boston_housing
 from choral_client.data import Shard
 from choral_client.work import Work
+from choral_server.secure_aggregation import SecureAggregation
 from safetensors.torch import save
 from torch.utils.data import TensorDataset
 
@@ -33,7 +34,6 @@ from choral_deploy.inversion import FirstLayer, Floats, NothingToInvert, read_ma
 from choral_deploy.secure_sum import LEAST, secure_sum
 
 VICTIMS, MOST = 20, 100  # above, a secure sum has another graph
-CLIP = 1.0  # of each weight's change; with the task's learning rate none comes near
 _VERSION = 1
 _EXACT = 0.01  # the error below which an example counts as found
 
@@ -69,15 +69,19 @@ class Federation:
         features: Floats = self.homes.tensors[0][home].numpy().astype(np.float64)
         return features
 
-    def plan(self, client: str, cohort: int) -> Plan:
+    def plan(self, client: str, cohort: int, secure: SecurePlan | None = None) -> Plan:
         """The task's own, but for one step on one example."""
         training = task.training.model_copy(update={"epochs": 1, "batch_size": 1})
         seed = seed_for(self.seed, _VERSION, client)
-        return Plan(Kind.TRAINING, task.name, task.version, training, seed, evaluate=False, cohort=cohort)
+        return Plan(Kind.TRAINING, task.name, task.version, training, seed, False, cohort, secure)
 
     def update(self, home: int, plan: Plan) -> bytes:
         """What that client uploads if nothing is masked."""
         return b"".join(self.worker(home).do(plan, io.BytesIO(self.version), threading.Event()).payload)
+
+    def summand(self, home: int, plan: Plan) -> Summand:
+        """The same as it goes into a secure sum, not masked yet."""
+        return self.worker(home).contribute(plan, io.BytesIO(self.version), threading.Event())
 
 
 def run(clients: int, seed: int, out: Path) -> AttackReport:
@@ -101,23 +105,21 @@ def run(clients: int, seed: int, out: Path) -> AttackReport:
     return report
 
 
-def encoded(payload: bytes, numbers: FixedPoint) -> Ring:
-    """A client's update in the ring, before it is masked."""
-    return numbers.encode(np.clip(np.frombuffer(payload, "<f4"), -numbers.clip, numbers.clip))
-
-
 def _attack(federation: Federation, layer: FirstLayer, homes: Sequence[int], number: int) -> Victim:
     """One round of clients with these homes, of whom the first is the victim."""
-    clients = names(len(homes))
-    plans = {client: federation.plan(client, len(homes)) for client in clients}
-    payloads = {client: federation.update(home, plans[client]) for client, home in zip(clients, homes, strict=True)}
+    clients, settings = names(len(homes)), SecureAggregation(minimum_cohort=LEAST)
+    secure = settings.plan("attack", len(homes), weight_cap=1, max_norm=None)
+    plans = {client: federation.plan(client, len(homes), secure) for client in clients}
     terms = Terms("attack", number, hashlib.sha256(federation.version).digest(), digest_of(plans[clients[0]]))
-    numbers, manifest = fixed_point(len(clients), CLIP), federation.worker(homes[0]).manifest
-    summed = secure_sum(terms, {client: encoded(payload, numbers) for client, payload in payloads.items()})
-    total = read_masked(summed.total.tobytes(), numbers, manifest)
+    numbers, manifest = settings.scale(len(homes)), federation.worker(homes[0]).manifest
+    plain = federation.update(homes[0], federation.plan(clients[0], len(homes)))
+    summed = secure_sum(
+        terms, {client: federation.summand(home, plans[client]) for client, home in zip(clients, homes, strict=True)}
+    )
+    total = read_masked(summed.total, numbers, manifest)
     return Victim(
         true=federation.features(homes[0]),
-        plain=guess(layer, read_plain(payloads[clients[0]], manifest)),
+        plain=guess(layer, read_plain(plain, manifest)),
         masked=guess(layer, read_masked(summed.uploads[clients[0]], numbers, manifest)),
         summed=guess(layer, total),
         given_away=_given_away(layer, total, [federation.features(home) for home in homes]),

@@ -39,10 +39,13 @@ def read_plain(payload: bytes, manifest: Manifest) -> Floats:
 
 
 def read_masked(payload: bytes, numbers: FixedPoint, manifest: Manifest) -> Floats:
-    """What integers of the ring stand for, `(manifest.size,)`, masked or not. Raises InvalidMessage: there are more or fewer."""
-    if len(payload) != numbers.dtype.itemsize * manifest.size:
+    """What a result's integers stand for, `(manifest.size,)`, masked or not; what is behind them is no part of the update.
+
+    Raises InvalidMessage: there are fewer.
+    """
+    if len(payload) < numbers.dtype.itemsize * manifest.size:
         raise InvalidMessage(f"{len(payload)} bytes for {manifest.size} integers of {numbers.ring_bits} bits")
-    return numbers.decode(np.frombuffer(payload, numbers.dtype))
+    return numbers.decode(np.frombuffer(payload, numbers.dtype, manifest.size))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from choral.errors import Deceived
-from choral.secagg.fixed_point import Ring
+from choral.secagg import wide
 from choral.secagg.roster import Advert, Signer, Terms
+from choral.secagg.summand import Summand
 from choral_client.masking import Floor, Masking
 from choral_server.unmasking import Unmasking
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,12 +22,12 @@ class Summed:
     """What each client has uploaded, masked, and what the coordinator has in the end: the sum of what was not."""
 
     uploads: Mapping[str, bytes]
-    total: Ring
+    total: bytes
 
 
-def secure_sum(terms: Terms, vectors: Mapping[str, Ring]) -> Summed:
-    """Lead the clients through all steps of one sum of their vectors, as choral_client.masking names them."""
-    signing = {client: Ed25519PrivateKey.generate() for client in vectors}
+def secure_sum(terms: Terms, summands: Mapping[str, Summand]) -> Summed:
+    """Lead the clients through all steps of one sum of what they add, as choral_client.masking names them; that gets masked."""
+    signing = {client: Ed25519PrivateKey.generate() for client in summands}
     known = {client: key.public_key().public_bytes_raw() for client, key in signing.items()}
 
     def vouch(said: Advert) -> None:
@@ -37,32 +38,33 @@ def secure_sum(terms: Terms, vectors: Mapping[str, Ring]) -> Summed:
         signer = Signer(signing[client].sign, known[client])
         return Masking(terms, client, signer, vouch, Floor(LEAST), lambda _: None)  # it takes part once, and is gone
 
-    coordinator, clients = Unmasking(terms, vouch, LEAST), {client: masking(client) for client in vectors}
-    masked = _mask(coordinator, clients, vectors)
-    _reveal(coordinator, clients, masked)
-    total = np.zeros_like(next(iter(masked.values())))
-    for vector in masked.values():
-        np.add(total, vector, out=total)
-    coordinator.mask().add_to(total)
-    return Summed({client: vector.tobytes() for client, vector in masked.items()}, total)
+    coordinator, clients = Unmasking(terms, vouch, LEAST), {client: masking(client) for client in summands}
+    _mask(coordinator, clients, summands)
+    _reveal(coordinator, clients)
+    uploads = {client: b"".join(one.pieces()) for client, one in summands.items()}
+    first, *others = summands.values()
+    for one in others:
+        np.add(first.vector, one.vector, out=first.vector)
+        wide.add(first.numbers, one.numbers)
+    first.add_mask(coordinator.mask())
+    return Summed(uploads, b"".join(first.pieces()))
 
 
-def _mask(coordinator: Unmasking, clients: Mapping[str, Masking], vectors: Mapping[str, Ring]) -> dict[str, Ring]:
-    """Everybody shows keys and shares its secrets; then each vector with its client's masks."""
+def _mask(coordinator: Unmasking, clients: Mapping[str, Masking], summands: Mapping[str, Summand]) -> None:
+    """Everybody shows keys and shares its secrets, and masks what it adds."""
     for one in clients.values():
         coordinator.take_advert(one.advertise())
     roster = coordinator.close_adverts()
     for client, one in clients.items():
         coordinator.take_shares(client, one.take_roster(roster))
-    masked = {client: vector.copy() for client, vector in vectors.items()}
+    coordinator.close_shares()
     for client, one in clients.items():
-        one.take_shares(coordinator.shares_for(client)).add_to(masked[client])
-    return masked
+        summands[client].add_mask(one.take_shares(coordinator.shares_for(client)))
 
 
-def _reveal(coordinator: Unmasking, clients: Mapping[str, Masking], masked: Mapping[str, Ring]) -> None:
-    """Everybody signs who has sent a masked vector, and reveals its shares of what is left of the masks in the sum."""
-    survivors = coordinator.close(masked)
+def _reveal(coordinator: Unmasking, clients: Mapping[str, Masking]) -> None:
+    """Everybody signs who has sent a masked result, and reveals its shares of what is left of the masks in the sum."""
+    survivors = coordinator.close(clients)
     for client, one in clients.items():
         coordinator.take_signature(client, one.take_survivors(survivors))
     coordinator.close_signatures()
