@@ -161,6 +161,9 @@ def test_a_victim_whose_update_says_nothing_is_no_trouble(tmp_path: Path, monkey
     nothing = bytes(4 * Federation.of(0).worker(0).manifest.size)
     monkeypatch.setattr(attack, "VICTIMS", 4)
     monkeypatch.setattr(attack.Federation, "update", lambda self, home, plan: nothing)
+    numbers = wide.encode([0.0] * 3)
+    summand = Summand(np.zeros(len(nothing) // 4, np.uint32), numbers)
+    monkeypatch.setattr(attack.Federation, "summand", lambda self, home, plan: deepcopy(summand))
     report = run(2, 0, tmp_path)
     assert (report.plain_error, report.sum_error, report.sum_found) == (1, 1, 0)
 
