@@ -81,8 +81,9 @@ class Masking:
 
     `signer` signs for it, `vouch` knows the others' keys; neither rests on the coordinator's word. `spend` keeps, for good, that
     this client reveals what it holds in a round, and raises Deceived if it has done so before: the sums of two attempts differ by
-    whoever is in one of them alone. Where everybody is everybody's neighbour more than two thirds must reveal, so that one attempt
-    at most is ever known; of a sparse graph that is not shown yet.
+    whoever is in one of them alone. Each client holds shares of as many as hold shares of its own, so that in an attempt a share
+    τ = threshold / holders of all clients must reveal. Of two attempts with nearly the same clients, of whom a share c is corrupt
+    and reveals twice, both can come to something only if 2τ ≤ 1 + c, and τ is larger than that.
     """
 
     def __init__(

@@ -101,3 +101,11 @@ def test_everybody_is_a_neighbour_as_often_as_everybody_else() -> None:
             counts[other] += 1
     assert counts[0] == 0
     assert all(abs(count - 160) < 60 for count in counts[1:])
+
+
+@pytest.mark.parametrize("clients", [3, 4, 10, 50, 100, 101, 150, 300, 1000, 10_000])
+def test_of_two_attempts_at_a_round_one_at_most_comes_to_something(clients: int) -> None:
+    """Whoever is honest reveals once, and in each attempt a share of all must (choral_client.masking.Masking)."""
+    shape = shape_of(clients)
+    corrupt = graph.CORRUPT if clients > graph.COMPLETE_UP_TO else (shape.holders - shape.threshold) / shape.holders
+    assert 2 * shape.threshold > (1 + corrupt) * shape.holders
