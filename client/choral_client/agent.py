@@ -247,6 +247,7 @@ class Agent:
             await self._sum.hear(message)
         else:
             told = "this client has no keys for the secure sum any more: it was started again, or has left the sum"
+            log.warning("declined", assignment=brief(message.assignment), error=Declined.__name__, reason=told)
             await self._report(Status(message.assignment, Phase.DECLINED, told))
 
     def _look_at_history(self, head: Head | None) -> None:
