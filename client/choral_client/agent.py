@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import structlog
 from choral.codecs import MASKED, Codec, abilities, parse
-from choral.errors import ChoralError, Deceived, Declined, InvalidMessage, NameTaken, Unreachable
+from choral.errors import ChoralError, Declined, InvalidMessage, NameTaken, Unreachable
 from choral.heads import Head
 from choral.messages import (
     Assignment,
@@ -36,26 +36,22 @@ from choral.messages import (
     VersionRef,
     Welcome,
 )
-from choral.plan import Kind, digest_of
+from choral.plan import Kind
 from choral.secagg.masks import Mask
-from choral.secagg.roster import Advert, Signer, Terms, Vouch
+from choral.secagg.roster import Signer, Vouch
 from choral.secagg.summand import Summand
 from choral.sum_messages import FromSummand, SumRoster, SumShares, SumSignatures, SumSurvivors, ToSummand
 from choral.wire import brief
 
 from choral_client.backoff import CAP_S, Patience, full_jitter
-from choral_client.contribution import check_terms
 from choral_client.delivery import Deliveries
 from choral_client.diary import Diary
 from choral_client.guard_file import GuardFile
 from choral_client.heads import Heads
-from choral_client.masking import Masking
 from choral_client.model_file import ModelFile
 from choral_client.outbox import Outbox, Parcel
 from choral_client.oversight import Oversight
 from choral_client.residual import About, Feedback, Residual
-from choral_client.spent import Spent
-from choral_client.sum_part import SumPart
 from choral_client.thread import WorkThread
 from choral_client.train import Stopped
 from choral_client.transport import Attendance, Payload, Transport
@@ -66,10 +62,6 @@ T = TypeVar("T")
 _AT_ONCE_S = 0.05
 _EAGER_S = 1.0  # the longest pause before the first contact: both may have been started together, and this lasts a minute at most
 _LAST_RECEIPTS_S = 1.0  # how long a run that is over waits for what is being answered
-
-
-def _nobody_is_known(said: Advert) -> None:
-    raise Deceived(f"this client does not know whether the key that {said.client} shows is its own: enrol it, or pin that key")
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ class Agent:
         rng: random.Random | None = None,
         oversight: Oversight | None = None,
         signer: Callable[[], Signer] | None = None,
-        vouch: Vouch = _nobody_is_known,
+        vouch: Vouch | None = None,
     ) -> None:
         self._transport = transport
         self._hello = hello
@@ -128,10 +120,7 @@ class Agent:
         self._models = ModelFile(transport, state, self._patience, work.expected)
         self._outbox = Outbox(state / "outbox")
         self._residual = Residual(state)
-        self._signer = signer
-        self._vouch = vouch
-        self._spent = Spent(state)
-        self._sum: SumPart | None = None  # of the job under way, or the last one, whose last word may be asked for again
+        self._sums = Sums(hello.client, state, self._oversight, signer, vouch, self._say_in_sum)
         self._deliveries = Deliveries(
             transport, self._outbox, self._patience, self._report, self._oversight.permit_sending, self._residual.settle
         )
@@ -222,8 +211,7 @@ class Agent:
                     log.info("still at it", round=message.round)
                     if self._status is not None and self._status.assignment == message.id:
                         await self._report(self._status)
-                    if self._sum is not None and self._sum.assignment == message.id:
-                        await self._sum.repeat()
+                    await self._sums.repeat(message.id)
                     return
                 if job is not None:
                     job.cancel()
@@ -243,12 +231,11 @@ class Agent:
                 await self._hear_of_sum(message)
 
     async def _hear_of_sum(self, message: ToSummand) -> None:
-        if self._sum is not None and self._sum.assignment == message.assignment:
-            await self._sum.hear(message)
-        else:
-            told = "this client has no keys for the secure sum any more: it was started again, or has left the sum"
-            log.warning("declined", assignment=brief(message.assignment), error=Declined.__name__, reason=told)
-            await self._report(Status(message.assignment, Phase.DECLINED, told))
+        try:
+            await self._sums.hear(message)
+        except Declined as error:
+            log.warning("declined", assignment=brief(message.assignment), error=Declined.__name__, reason=str(error))
+            await self._report(Status(message.assignment, Phase.DECLINED, str(error)))
 
     def _look_at_history(self, head: Head | None) -> None:
         if (fault := self._heads.take(head)) is not None:
@@ -289,33 +276,20 @@ class Agent:
 
     async def _take_part(self, assignment: Assignment, stop: threading.Event) -> None:
         """Do an assignment whose result is summed securely: it is masked before it is saved, and this client stays for the sum."""
-        part = await self._part(assignment)
+        part = await asyncio.to_thread(self._sums.part, assignment)
         summand = await self._worked(assignment, partial(self._contribute, assignment, stop=stop))
-        self._sum = part
+        self._sums.begin(part)
         try:
             mask = await part.masked()
             parcel, payload = await self._thread.do(partial(self._mask_and_save, assignment, summand, mask, stop))
             await self._deliveries.send(parcel, payload)
             await part.reveal()
         except BaseException:
-            self._sum = None
+            self._sums.leave()
             raise
         finally:
             part.end()
         log.info("secure sum done", round=assignment.round)
-
-    async def _part(self, assignment: Assignment) -> SumPart:
-        """Raises Declined: nobody could tell that it is this client, or the round has been revealed before."""
-        secure, version = assignment.plan.secure, assignment.version.digest
-        assert secure is not None, "looked at by who called"
-        if self._signer is None:
-            raise Declined("this client has no signing key, without which it takes part in no secure sum: enrol it")
-        check_terms(secure)
-        terms = Terms(secure.run, assignment.round, version, digest_of(assignment.plan), secure.threshold)
-        await asyncio.to_thread(self._spent.check, terms)
-        floor = (await asyncio.to_thread(self._oversight.admit, assignment.plan)).floor(secure)
-        masking = Masking(terms, self._hello.client, self._signer(), self._vouch, floor, self._spent.spend)
-        return SumPart(assignment.id, terms, masking, self._say_in_sum)
 
     async def _say_in_sum(self, word: FromSummand) -> None:
         """If there is a stream; if there is none, it is said again on the next."""
