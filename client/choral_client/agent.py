@@ -52,6 +52,7 @@ from choral_client.model_file import ModelFile
 from choral_client.outbox import Outbox, Parcel
 from choral_client.oversight import Oversight
 from choral_client.residual import About, Feedback, Residual
+from choral_client.sums import Sums
 from choral_client.thread import WorkThread
 from choral_client.train import Stopped
 from choral_client.transport import Attendance, Payload, Transport

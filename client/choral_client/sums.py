@@ -44,7 +44,7 @@ class Sums:
     def part(self, assignment: Assignment) -> SumPart:
         """A part in the sum of an assignment, before its work is done. Reads files.
 
-        Raises Declined: nobody could tell that it is this client, no sum can be made on these terms, the guard says no, or the round
+        Raises Declined: nobody could tell that it is this client, these terms make no sum, the guard says no, or the round
         has been revealed before.
         """
         secure, version = assignment.plan.secure, assignment.version.digest
