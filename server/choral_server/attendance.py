@@ -57,7 +57,7 @@ class Attendance:
             return None
         now = self._house.clock()
         if (leaving := self._places.leaves_for(hello.client, now)) is None:
-            record = self._record(hello.client, hello.examples, hello.software, address)
+            record = self._record(hello.client, hello.software, address)
             return self._sent_away(record, FULL)
         self._make_room([leaving] if leaving else [])
         self._places.take(hello.client)
@@ -85,19 +85,20 @@ class Attendance:
         log.info("client sent away", client=client.name, reason=reason, seconds=told.after_s)
         return told
 
-    def _record(self, name: str, examples: int, software: str, address: str) -> ClientRecord:
-        """A client that is here now, with what was known of it."""
+    def _record(self, name: str, software: str, address: str) -> ClientRecord:
+        """A client that is here now, with what was known of it: how many examples it has, it tells with its results, if ever."""
         now, known = self._house.clock(), self._house.store.clients.get(name)
         if known is None:
-            return ClientRecord(name, True, examples, software, address, now)
-        return ClientRecord(name, True, examples, software, address, now, known.accepted, "", known.refused, known.quarantine)
+            return ClientRecord(name, True, 0, software, address, now)
+        told = known.examples, software, address, now, known.accepted, "", known.refused, known.quarantine
+        return ClientRecord(name, True, *told)
 
     def joined(self, session: Session, run: Run) -> Welcome:
         """A client attends; what it is told first. It hears of its part in the round under way right after."""
         house = self._house
-        record = self._record(session.client, session.examples, session.software, session.address)
+        record = self._record(session.client, session.software, session.address)
         house.store.later(record)
-        log.info("client attends", client=session.client, address=session.address, examples=session.examples)
+        log.info("client attends", client=session.client, address=session.address)
         if self.collection is not None:
             self.collection.returned(session.client)
         self._wake()

@@ -26,7 +26,6 @@ class Session:
 
     client: str
     instance: str
-    examples: int
     software: str
     address: str
     unread: int
@@ -88,7 +87,6 @@ class Sessions:
         session = Session(
             hello.client,
             hello.instance,
-            hello.examples,
             hello.software,
             address,
             unread,

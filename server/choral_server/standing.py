@@ -25,7 +25,8 @@ def consequences(
         if client is None:
             continue
         if part.state is PartState.ACCEPTED:
-            yield replace(client, accepted=client.accepted + 1, refused=0)
+            told = part.examples or client.examples  # a masked result does not say how many
+            yield replace(client, accepted=client.accepted + 1, refused=0, examples=told)
         elif part.state is PartState.REFUSED:
             after = replace(client, refused=client.refused + 1)
             if quarantine_after is not None and after.refused >= quarantine_after and not after.quarantine:

@@ -8,7 +8,9 @@ import re
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ import yaml
 from choral.address import HostPort
 from choral.config import parse
 from choral.errors import ConfigError, Declined, TaskError
-from choral.plan import Kind, Plan, Training
+from choral.plan import Kind, Plan, SecurePlan, Training
 from choral_client.day_book import DayBook
 from choral_client.guard import Guard, IPAddress, Window, address_towards
 from choral_client.guard_file import GuardFile
+from choral_client.masking import Floor
 from choral_client.oversight import Oversight
 from choral_client.train import Stopped
 from client.authorities import Authority
@@ -28,6 +31,8 @@ from client.authorities import Authority
 PATIENCE_S = 60.0
 NOON = datetime(2026, 11, 25, 12, 0)
 HOME = ipaddress.ip_address("192.168.1.7")
+OF_SUMS = "secure_aggregation", "min_threshold", "clients", "authority"
+SECURE = SecurePlan("run/1", 3, 10, 0.0, 8.0, 24, 32, 4096)
 
 
 def guard(**keys: Any) -> Guard:
@@ -77,10 +82,6 @@ def test_a_plan_on_both_sides_of_a_bound(keys: dict[str, Any], allowed: Plan | N
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        (
-            {"secure_aggregation": True},
-            "this device's guard requires secure_aggregation, which this release of Choral does not have",
-        ),
         ({"max_epsilon": 8.0}, r"requires differential privacy \(max_epsilon: 8\), which this release of Choral does not have yet"),
         ({"max_epsilon": 1.0e300}, "which this release of Choral does not have yet"),  # however much may be lost, there is no bound
     ],
@@ -89,8 +90,39 @@ def test_what_this_release_does_not_have_declines_whatever_leaves(kind: Kind, ke
     with pytest.raises(Declined, match=reason):
         guard(**keys).check(plan(kind), NOON, HOME)
     with pytest.raises(Declined, match=reason):
-        guard(**keys).check_sending(NOON, HOME)
+        guard(**keys).check_sending(NOON, HOME, masked=True)
     guard(**keys).check_conditions(NOON, HOME)  # a version may still be fetched
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_a_device_that_shows_only_sums_sends_nothing_else_whatever_it_is(kind: Kind) -> None:
+    asks, reason = guard(secure_aggregation=True), r"requires secure_aggregation, and the coordinator does not ask for it \(run\."
+    with pytest.raises(Declined, match=reason):
+        asks.check(plan(kind), NOON, HOME)
+    with pytest.raises(Declined, match=reason):
+        asks.check_sending(NOON, HOME, masked=False)
+    asks.check(replace(plan(kind), secure=SECURE), NOON, HOME)
+    asks.check_sending(NOON, HOME, masked=True)
+    asks.check_conditions(NOON, HOME)
+    guard().check_sending(NOON, HOME, masked=False)
+
+
+@pytest.mark.parametrize(
+    ("keys", "asked", "least"),
+    [
+        ({}, 2, 3),  # of two, each knows the other's
+        ({}, 7, 7),
+        ({"min_cohort": 2}, 2, 2),
+        ({"min_cohort": 1}, 1, 2),  # the sum of one is its update
+        ({"min_cohort": 5}, 3, 5),
+    ],
+)
+def test_how_many_must_be_in_a_sum(keys: dict[str, Any], asked: int, least: int) -> None:
+    assert guard(**keys).floor(replace(SECURE, least_clients=asked)) == Floor(least, 0.0)
+
+
+def test_what_share_of_the_holders_must_reveal() -> None:
+    assert guard(min_threshold=0.8).floor(SECURE) == Floor(3, 0.8)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +140,7 @@ def test_hours(hours: list[str], inside: list[str], outside: list[str]) -> None:
         guard(hours=hours).check(plan(), at(time), HOME)
     for time in outside:
         told = re.escape(f"work at {time}; it allows {', '.join(hours) or 'no time of day'} (hours)")
-        for check in (guard(hours=hours).check_conditions, guard(hours=hours).check_sending):
+        for check in (guard(hours=hours).check_conditions, partial(guard(hours=hours).check_sending, masked=True)):
             with pytest.raises(Declined, match=told):
                 check(at(time), HOME)
 
@@ -126,7 +158,7 @@ def test_networks(networks: list[str], inside: list[str], outside: list[str]) ->
         guard(networks=networks).check(plan(), NOON, ipaddress.ip_address(address))
     for address in outside:
         told = re.escape(f"work from {address}; it allows {', '.join(networks) or 'no network'} (networks)")
-        for check in (guard(networks=networks).check_conditions, guard(networks=networks).check_sending):
+        for check in (guard(networks=networks).check_conditions, partial(guard(networks=networks).check_sending, masked=True)):
             with pytest.raises(Declined, match=told):
                 check(NOON, ipaddress.ip_address(address))
     with pytest.raises(Declined, match="work without a way to the coordinator"):
@@ -198,7 +230,7 @@ def test_the_example_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "guard.md").read_text()
     example = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert example is not None
-    assert set(yaml.safe_load(example[1])) == set(Guard.model_fields) - {"secure_aggregation", "max_epsilon", "authority"}
+    assert set(yaml.safe_load(example[1])) == set(Guard.model_fields) - {"max_epsilon", "authority"}
     guard(**yaml.safe_load(example[1])).check(plan(task="boston_housing"), at("23:00"), ipaddress.ip_address("192.168.178.20"))
 
 
@@ -429,5 +461,5 @@ def test_the_address_is_asked_for_only_if_it_matters(tmp_path: Path) -> None:
 
     watched = oversight(tmp_path, address=never)
     watched.admit(plan())
-    watched.permit_sending()
+    watched.permit_sending(masked=False)
     watched.permit_fetching()

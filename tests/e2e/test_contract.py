@@ -87,8 +87,6 @@ UNKNOWN_KIND = model_pb2.Manifest(entries=[model_pb2.ManifestEntry(name="weight"
         ({"client": "../alice"}, "PERMISSION_DENIED", "NotAllowed", "of somebody, which cannot act as '../alice'"),
         ({"client": "a" * 65}, "PERMISSION_DENIED", "NotAllowed", "of somebody, which cannot act as 'aaaa"),
         ({"client": ""}, "PERMISSION_DENIED", "NotAllowed", "of somebody, which cannot act as ''"),
-        ({"examples": 0}, "INVALID_ARGUMENT", "InvalidMessage", "client alice has 0 examples; at least 1 is needed"),
-        ({"examples": -1}, "INVALID_ARGUMENT", "InvalidMessage", "client alice has -1 examples; at least 1 is needed"),
     ],
 )
 def test_who_cannot_take_part_is_refused_at_once(idle: Federation, changes: dict, code: str, reason: str, words: str) -> None:

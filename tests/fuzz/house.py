@@ -144,7 +144,7 @@ class Floor:
             return
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             path = Path(folder) / "weights"
-            self.run.make_version(aggregate, path, Path(folder) / "state")
+            self.run.make_version(collection.round.kind, aggregate, path, Path(folder) / "state")
             for name, tensor in load_file(path).items():
                 assert bool(tensor.isfinite().all()), f"an accepted result has made {name} infinite"
 

@@ -67,7 +67,7 @@ async def closed(run: Run, kind: Kind, *held_out: HeldOut, state: PartState = Pa
 
 def summed(run: Run, folder: Path, updates: Sequence[tuple[Sequence[float] | NDArray[Any], int]]) -> WeightedSum:
     """Updates with their weights, as a training round adds them."""
-    aggregate = run.aggregate(Kind.TRAINING)
+    aggregate = run.aggregate(Kind.TRAINING, 1)
     assert isinstance(aggregate, WeightedSum)
     for number, (delta, examples) in enumerate(updates):
         path = folder / "one.upload"
@@ -85,7 +85,7 @@ async def trained(
 
 async def statistics(run: Run, home: Home, examples: dict[str, NDArray[Any]]) -> None:
     """What a statistics round does to a run."""
-    aggregate = run.aggregate(Kind.STATISTICS)
+    aggregate = run.aggregate(Kind.STATISTICS, 1)
     assert isinstance(aggregate, StatisticsSum)
     for client, rows in examples.items():
         path = home.folder / f"{client}.upload"
@@ -96,7 +96,7 @@ async def statistics(run: Run, home: Home, examples: dict[str, NDArray[Any]]) ->
 
 async def evaluated(run: Run, *held_out: HeldOut) -> None:
     """What an evaluation round does to a run."""
-    aggregate: Aggregate = run.aggregate(Kind.EVALUATION)
+    aggregate: Aggregate = run.aggregate(Kind.EVALUATION, 1)
     assert aggregate is None
     await run.settle(await closed(run, Kind.EVALUATION, *held_out), aggregate, NOON)
 
@@ -105,7 +105,7 @@ def made_from(run: Run, aggregate: WeightedSum) -> Make:
     """What writes the next version."""
 
     async def make(path: Path, state: Path) -> bytes:
-        return run.make_version(aggregate, path, state)
+        return run.make_version(Kind.TRAINING, aggregate, path, state)
 
     return make
 

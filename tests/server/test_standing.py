@@ -15,8 +15,8 @@ BOB = replace(ALICE, name="bob", accepted=0)
 CLIENTS = {"alice": ALICE, "bob": BOB}
 
 
-def part(client: str, state: PartState, reason: str = "") -> Part:
-    return Part(f"run/3/{client}", client, state, reason)
+def part(client: str, state: PartState, reason: str = "", examples: int = 0) -> Part:
+    return Part(f"run/3/{client}", client, state, reason, examples)
 
 
 def round_of(*parts: Part, state: RoundState = RoundState.OPEN, reason: str = "") -> Round:
@@ -38,6 +38,15 @@ def test_a_result_that_counts_is_counted_and_ends_the_row_of_refused_ones() -> N
     before = {"alice": replace(ALICE, refused=2), "bob": BOB}
     found = follows(part("alice", PartState.ACCEPTED), part("bob", PartState.ACCEPTED), clients=before)
     assert found == [replace(ALICE, accepted=5, refused=0), replace(BOB, accepted=1)]
+
+
+def test_how_many_examples_a_client_has_is_known_by_its_results_unless_they_are_masked() -> None:
+    [plain] = follows(part("alice", PartState.ACCEPTED, examples=7))
+    assert plain == replace(ALICE, accepted=5, examples=7)
+    [masked] = follows(part("alice", PartState.ACCEPTED))
+    assert masked == replace(ALICE, accepted=5, examples=202)
+    [_, refused] = follows(part("alice", PartState.REFUSED, "the norm is 9", examples=7))
+    assert refused == replace(ALICE, refused=1)
 
 
 def test_a_refused_result_is_counted_and_told() -> None:

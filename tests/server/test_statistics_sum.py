@@ -4,7 +4,7 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
-from choral.statistics import Moments, merge_all
+from choral.statistics import Moments
 from choral_server.rounds import Part, PartState
 from choral_server.statistics_sum import StatisticsSum
 
@@ -15,7 +15,7 @@ def _merged(folder: Path, order: tuple[str, ...], shards: dict[str, np.ndarray])
         path = folder / f"{client}.upload"
         path.write_bytes(Moments.of(shards[client]).to_vector().astype("<f8").tobytes())
         total.fold(Part(f"run/0/{client}", client, PartState.ACCEPTED), path)
-    return merge_all(total.parts())
+    return total.moments()
 
 
 def test_the_order_of_arrival_changes_no_bit(tmp_path: Path) -> None:
@@ -25,12 +25,3 @@ def test_the_order_of_arrival_changes_no_bit(tmp_path: Path) -> None:
     assert len({vector.tobytes() for vector in merged}) == 1
     pooled = np.concatenate(list(shards.values()))
     np.testing.assert_allclose(merged[0], [141, *pooled.mean(axis=0), *(pooled.var(axis=0) * 141)], rtol=1e-12)
-
-
-def test_parts_are_in_the_order_of_names(tmp_path: Path) -> None:
-    total = StatisticsSum()
-    for client, rows in (("bob", 2), ("alice", 3)):
-        path = tmp_path / client
-        path.write_bytes(Moments.of(np.ones((rows, 1))).to_vector().astype("<f8").tobytes())
-        total.fold(Part(f"run/0/{client}", client, PartState.ACCEPTED), path)
-    assert [part.count for part in total.parts()] == [3, 2]
