@@ -89,10 +89,13 @@ class Federation:
         self._coordinator = self._processes.create_task(_succeed(coordinator))
         self.address = await ready
 
-    async def start_clients(self, count: int, address: str = "", data: Sequence[Path] = ()) -> None:
+    async def start_clients(
+        self, count: int, address: str = "", data: Sequence[Path] = (), software: Sequence[str] = (_CLI,)
+    ) -> None:
         """Start so many more; they reach the coordinator at its own address, if no other is given.
 
-        `data` are shards of their own, by number; without, they share one.
+        `data` are shards of their own, by number; without, they share one. `software` is the module that they run, if it is not the
+        ordinary one, and what comes before the ordinary arguments.
         """
         for number in range(len(self.clients), len(self.clients) + count):
             name = _client(number)
@@ -112,7 +115,8 @@ class Federation:
             else:
                 options["--token"] = self.folder / f"{name}.token"
                 hand_over(self.folder / f"{name}.token", await self.operator.token(name))
-            client = await self._start(name, ["client", *(part for option in options.items() for part in option)])
+            arguments = ["client", *(part for option in options.items() for part in option)]
+            client = await self._start(name, arguments, software=software)
             self._processes.create_task(_succeed(client))
             self.clients.append(client)
 
@@ -210,8 +214,14 @@ class Federation:
                 taken.append(time.perf_counter() - began)
         return float(np.median(taken))
 
-    async def _start(self, name: str, arguments: list[object], listen: Callable[[str], None] | None = None) -> Child:
-        return await self._children.start(name, [_CLI, *map(str, arguments)], self.folder / f"{name}.log", listen)
+    async def _start(
+        self,
+        name: str,
+        arguments: list[object],
+        listen: Callable[[str], None] | None = None,
+        software: Sequence[str] = (_CLI,),
+    ) -> Child:
+        return await self._children.start(name, [*software, *map(str, arguments)], self.folder / f"{name}.log", listen)
 
 
 @asynccontextmanager
