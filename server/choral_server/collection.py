@@ -62,7 +62,7 @@ from choral_server.rounds import (
 )
 from choral_server.run import Run
 from choral_server.secure_groups import SecureGroups
-from choral_server.secure_sum import SecureSum
+from choral_server.secure_sum import SecureSum, TooLate
 from choral_server.sessions import Sessions
 from choral_server.spool import DISK, RoundSpool
 from choral_server.standing import consequences
@@ -112,6 +112,7 @@ class Collection:
         self.tally = Tally(aggregate, spool, size_bytes, house.spool_bytes, house.troubles)
         self._house = house
         self._sum = self._secure_groups(aggregate) if isinstance(aggregate, MaskedSum | GroupedSum) else None
+        self._left_out: dict[str, str] = {}  # clients whose secure sum came to nothing, and why
         self._telling: set[asyncio.Task[None]] = set()
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._waiting_for: dict[int, tuple[Upload, asyncio.Future[Receipt]]] = {}
@@ -193,8 +194,12 @@ class Collection:
                 log.warning("updates clipped", round=round.number, clients=aggregate.clipped)
             self._tell(Summed())
 
-        def lost(reason: str) -> None:
-            self._note(EventRecord(house.clock(), "group left out", reason, round.run, round.number))
+        def lost(clients: Sequence[str], reason: str) -> None:
+            self._left_out |= dict.fromkeys(clients, reason)
+            for client in clients:
+                self._cancel_sum(client)
+            if len(sums) > 1:
+                self._note(EventRecord(house.clock(), "group left out", reason, round.run, round.number))
 
         order = f"{run.settings.seed}/{round.number}/group"
         return SecureGroups(len(sums), make, order, round.quorum, summed, lambda reason: self._tell(Stopped(reason)), lost)
@@ -256,6 +261,8 @@ class Collection:
                 if isinstance(self.tally.aggregate, GroupedSum):
                     self.tally.aggregate.divide(self._sum.groups)
                 self._sum.begin(parts)
+            case Remind(part) if part.client in self._left_out:
+                self._cancel_sum(part.client)
             case Remind(part) if self._sum is not None:
                 self._sum.remind(part.client)
             case Extend():
@@ -397,6 +404,11 @@ class Collection:
             if self._sum is not None and status.phase is Phase.DECLINED and part.state is PartState.ACCEPTED:
                 self._leaves_sum(part, status.reason)
 
+    def _cancel_sum(self, client: str) -> None:
+        """Tell one that waits for the next step of a secure sum that there is none, or it would wait until the next round."""
+        if (part := self.round.part_of(client)) is not None:
+            self._house.sessions.say(client, Cancel(part.assignment, self._left_out[client]))
+
     def _leaves_sum(self, part: Part, reason: str) -> None:
         """A client whose result is in the sum does not go on: that ends no part, and the operator is told."""
         assert self._sum is not None, "or nothing was left"
@@ -452,6 +464,8 @@ class Collection:
             check_header(header, self.round.kind, part.codec, self.run.payload_bytes(self.round.kind, part.codec), measured)
             if self._sum is not None:
                 self._sum.expects(header.client)
+        except TooLate as error:  # which is no fault: nobody is to be quarantined for it
+            return Receipt(Verdict.LATE, self._left_out.get(header.client, str(error)))
         except UpdateRefused as error:
             self.reject(header, str(error))
             raise

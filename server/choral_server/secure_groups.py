@@ -13,6 +13,7 @@ from choral_server.rounds import Part
 from choral_server.secure_sum import SecureSum
 
 log = structlog.get_logger()
+_NAMED = 10  # clients named in a reason
 Make = Callable[[int, Callable[[], None], Callable[[str], None]], SecureSum]
 """The secure sum of a group, which calls the first when it is done, and the second, with the reason, when it came to nothing."""
 
@@ -21,8 +22,8 @@ class SecureGroups:
     """Divides the clients that are ready into `count` groups, and leads a secure sum in each.
 
     More than half of the groups must come to something, and with them `quorum` results: then `done(groups)` is called with those
-    groups; or `failed(reason)`. `lost(reason)` is called for each group that comes to nothing where there are others. `order` names
-    what decides who is in which group.
+    groups; or `failed(reason)`. Before that, `lost(clients, reason)` is called for each group that comes to nothing, as soon as it
+    does: its clients wait in vain. `order` names what decides who is in which group.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class SecureGroups:
         quorum: int,
         done: Callable[[Sequence[int]], None],
         failed: Callable[[str], None],
-        lost: Callable[[str], None],
+        lost: Callable[[Sequence[str], str], None],
     ) -> None:
         self._sums = [make(group, self._is_good(group), self._is_lost(group)) for group in range(count)]
         self._order = order
@@ -114,9 +115,8 @@ class SecureGroups:
     def _is_lost(self, group: int) -> Callable[[str], None]:
         def lost(reason: str) -> None:
             clients = sorted(client for client, of in self.groups.items() if of == group)
-            self._faults.append(reason if len(self._sums) == 1 else f"the group of {', '.join(clients)}: {reason}")
-            if len(self._sums) > 1:
-                self._lost(self._faults[-1])
+            self._faults.append(reason if len(self._sums) == 1 else f"the group of {_named(clients)}: {reason}")
+            self._lost(clients, self._faults[-1])
             self._over(group)
 
         return lost
@@ -130,6 +130,12 @@ class SecureGroups:
         if 2 * len(self._good) <= len(self._sums):
             self._failed("; ".join(self._faults))
         elif results < self._quorum:
-            self._failed(f"the groups that came to something have {results} results; the quorum is {self._quorum}")
+            told = f"the groups that came to something have {results} results; the quorum is {self._quorum}"
+            self._failed("; ".join([told, *self._faults]))
         else:
             self._done(sorted(self._good))
+
+
+def _named(clients: Sequence[str]) -> str:
+    more = f" and {len(clients) - _NAMED} more" if len(clients) > _NAMED else ""
+    return ", ".join(clients[:_NAMED]) + more

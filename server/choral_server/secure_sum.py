@@ -33,6 +33,10 @@ from choral_server.unmasking import TooFew, Unmasking
 log = structlog.get_logger()
 
 
+class TooLate(UpdateRefused):
+    """A masked result comes when the sum has gone on without it: it cannot count, and its client has done nothing wrong."""
+
+
 class Stage(enum.Enum):
     """What is waited for."""
 
@@ -89,6 +93,8 @@ class SecureSum:
 
     def enter(self, said: SumAdvert) -> None:
         """A client is ready. What it showed before is forgotten. Raises UpdateRefused."""
+        if self._stage is Stage.OVER:
+            return
         if self._stage is not Stage.ADVERTS:
             if said.advert not in self._unmasking.roster.adverts:  # which may be said again when a link was broken
                 raise UpdateRefused("the secure sum has begun with the keys that were shown by then: this client has lost those")
@@ -127,11 +133,13 @@ class SecureSum:
         self._answer(client)
 
     def expects(self, client: str) -> None:
-        """Whether a client's masked result can be taken now. Raises UpdateRefused."""
+        """Whether a client's masked result can be taken now. Raises TooLate, or UpdateRefused: too early."""
+        if self._stage in (Stage.ADVERTS, Stage.SHARES):
+            raise UpdateRefused(f"no masked result of {client} is waited for yet, but {self._stage.value}")
+        if self._stage is Stage.OVER:
+            raise TooLate(f"the secure sum that {client} was in is over")
         if self._stage is not Stage.RESULTS or client not in self._awaited:
-            raise UpdateRefused(
-                f"no masked result of {client} is waited for, but {self._stage.value}: it came too late, or the client has left"
-            )
+            raise TooLate(f"the secure sum has gone on without {client}: its masked result came too late, or it had left")
 
     def taking(self, client: str) -> None:
         """A client's masked result has arrived, and is being stored: from now on it is in the sum. Raises UpdateRefused."""
@@ -139,8 +147,10 @@ class SecureSum:
         self._taking.add(client)
 
     def not_taken(self, client: str) -> None:
-        """It was not, after all."""
+        """It was not, after all, and will not be."""
         self._taking.discard(client)
+        if client not in self._sent:
+            self.lost(client)
 
     def sent(self, client: str) -> None:
         """A client's masked result is in the sum."""
@@ -161,7 +171,7 @@ class SecureSum:
 
     def remind(self, client: str) -> None:
         """Say again what a client was told last, if it has not answered: it was away."""
-        if client in self._awaited - self._answered and client in self._told:
+        if self._stage is not Stage.OVER and client in self._awaited - self._answered and client in self._told:
             self._say(client, self._told[client])
 
     def end(self) -> None:

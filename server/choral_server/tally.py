@@ -36,6 +36,10 @@ class Tally:
 
         Returns those of which nothing is left, or only damaged: a power cut may take what was not durable.
         """
+        if isinstance(self.aggregate, MaskedSum | GroupedSum):  # what is left was masked for a sum whose keys are gone
+            gone = list(accepted)
+            self._spool.drop(gone)
+            return gone
         contained: frozenset[str] = frozenset()
         if isinstance(self.aggregate, WeightedSum) and self._spool.sum_path.exists():
             try:
