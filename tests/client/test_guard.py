@@ -31,7 +31,6 @@ from client.authorities import Authority
 PATIENCE_S = 60.0
 NOON = datetime(2026, 11, 25, 12, 0)
 HOME = ipaddress.ip_address("192.168.1.7")
-OF_SUMS = "secure_aggregation", "min_threshold", "clients", "authority"
 SECURE = SecurePlan("run/1", 3, 10, 0.0, 8.0, 24, 32, 4096)
 
 
@@ -231,7 +230,9 @@ def test_the_example_in_the_documentation() -> None:
     example = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert example is not None
     assert set(yaml.safe_load(example[1])) == set(Guard.model_fields) - {"max_epsilon", "authority"}
-    guard(**yaml.safe_load(example[1])).check(plan(task="boston_housing"), at("23:00"), ipaddress.ip_address("192.168.178.20"))
+    guard(**yaml.safe_load(example[1])).check(
+        replace(plan(task="boston_housing"), secure=SECURE), at("23:00"), ipaddress.ip_address("192.168.178.20")
+    )
 
 
 # The file
