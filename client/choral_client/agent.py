@@ -62,6 +62,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 _AT_ONCE_S = 0.05
 _EAGER_S = 1.0  # the longest pause before the first contact: both may have been started together, and this lasts a minute at most
+_WORK_FAILED = "the work failed on this device, whose log says why: in a secure round nothing that its data causes is told"
 _LAST_RECEIPTS_S = 1.0  # how long a run that is over waits for what is being answered
 
 
@@ -302,7 +303,11 @@ class Agent:
         if stop.is_set():
             raise Stopped
         with checkpoint, self._oversight.watching(assignment.plan, stop):
-            return self._work.contribute(assignment.plan, checkpoint, stop)
+            try:
+                return self._work.contribute(assignment.plan, checkpoint, stop)
+            except Exception as error:
+                log.exception("work failed", round=assignment.round)
+                raise Declined(_WORK_FAILED) from error
 
     def _mask_and_save(self, assignment: Assignment, summand: Summand, mask: Mask, stop: threading.Event) -> tuple[Parcel, Payload]:
         if stop.is_set():
@@ -378,7 +383,7 @@ class Agent:
         version = assignment.version
         for attempt in count(1):
             try:
-                return await self._models.obtain(version)
+                return await self._models.obtain(version, exactly=assignment.plan.secure is not None)
             except Unreachable as error:
                 log.warning("waiting for the link", version=version.number, reason=str(error))
             await self._patience.pause(attempt)

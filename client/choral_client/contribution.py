@@ -59,6 +59,12 @@ def of_update(blocks: Blocks, layout: Layout, secure: SecurePlan, examples: int,
     return Summand(vector, _numbers(layout, values | summand.measured(held_out, secure.weight_cap)))
 
 
+def of_nothing(layout: Layout, secure: SecurePlan, held_out: tuple[Metric, ...]) -> Summand:
+    """What a client adds whose update is no number: none of it, at the least weight. Raises Declined."""
+    values = {summand.CLIENTS: 1, summand.WEIGHT: 1, summand.CLIPPED: 1.0}
+    return Summand(np.zeros(layout.size, layout.dtype), _numbers(layout, values | summand.measured(held_out, secure.weight_cap)))
+
+
 def of_measurements(layout: Layout, secure: SecurePlan, held_out: tuple[Metric, ...]) -> Summand:
     """What was measured, and no update. Raises Declined."""
     values = summand.measured(held_out, secure.weight_cap)

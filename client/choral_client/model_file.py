@@ -41,6 +41,7 @@ class ModelFile:
         self._expected = expected
         self._fetching = asyncio.Lock()
         self._held: VersionRef | None = None
+        self._digest = b""  # of the file: another than the version's, if it was made of a rounded form
         self._offered: VersionRef | None = None
         self._looked = False  # for what an earlier start of this client has left
 
@@ -53,8 +54,11 @@ class ModelFile:
         """Whether this version is at hand."""
         return version in (self._held, self._offered)
 
-    async def obtain(self, version: VersionRef) -> BufferedIOBase:
+    async def obtain(self, version: VersionRef, *, exactly: bool = False) -> BufferedIOBase:
         """The checkpoint of a version, open for reading: the one held, or a download that is then held. One at a time.
+
+        `exactly`: the very file of which all are told the digest, and nothing rounded. What is made of a form has a digest that the
+        coordinator may give each client another of.
 
         Tries again where the link broke; gives up after four attempts in which nothing arrived, or which arrived damaged. Raises
         Unreachable, CorruptTransfer or UnknownVersion; Declined: the disk is full or cannot be written, or it is or must be another
@@ -69,8 +73,9 @@ class ModelFile:
             if not self._looked:
                 self._looked = True
                 self._held = await asyncio.to_thread(self._kept, version)
-            if self._held != version or not self._path.exists():
-                await self._in_some_form(version)
+            wrong = exactly and self._digest != version.digest
+            if self._held != version or wrong or not self._path.exists():
+                await self._in_some_form(version, exactly)
                 self._held = version
             return self._path.open("rb")  # and it stays what it is when the next version takes the place of this one
 
@@ -79,11 +84,14 @@ class ModelFile:
         with suppress(OSError):
             if self._path.stat().st_size == version.size_bytes:
                 wanted = {version.digest, *(form.digest for form in version.forms if form.name == BF16)}
-                return version if _digest_of(self._path) in wanted else None
+                self._digest = _digest_of(self._path)
+                return version if self._digest in wanted else None
         return None
 
-    async def _in_some_form(self, version: VersionRef) -> None:
+    async def _in_some_form(self, version: VersionRef, exactly: bool) -> None:
         for form in version.forms:
+            if exactly and form.digest != version.digest:
+                continue
             if not 0 < form.size_bytes < version.size_bytes or not await asyncio.to_thread(self._can_use, form):
                 continue
             try:
@@ -184,6 +192,7 @@ class ModelFile:
         with suppress(FileNotFoundError):
             self._path.unlink()  # ext4 flushes a file that takes the place of another; what a power cut takes is fetched again
         part.replace(self._path)
+        self._digest = digest
 
     def _remove_others(self, part: Path) -> None:
         for other in self._folder.glob("model*.part"):

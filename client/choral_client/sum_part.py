@@ -26,7 +26,7 @@ from choral.sum_messages import (
 
 from choral_client.masking import Masking
 
-_UNHEARD = 16  # messages of a coordinator that says more than is asked for
+_UNREAD = 16  # messages of a coordinator that says more than is asked for
 M = TypeVar("M", bound=ToSummand)
 
 
@@ -38,7 +38,8 @@ class SumPart:
         self._terms = terms
         self._masking = masking
         self._say_it = say
-        self._inbox: asyncio.Queue[ToSummand] = asyncio.Queue(_UNHEARD)
+        self._unread: list[ToSummand] = []
+        self._news = asyncio.Event()
         self._heard: dict[type[Any], ToSummand] = {}
         self._last: FromSummand | None = None
         self._revealed = False
@@ -47,8 +48,11 @@ class SumPart:
         """The coordinator says something; what comes again and again is not kept."""
         if self._revealed:
             await self.repeat()  # who goes on asking has not heard it: the very same shares, and no others
-        elif not self._inbox.full():
-            self._inbox.put_nowait(message)
+        elif message == self._heard.get(type(message)):
+            await self.repeat()  # who says it again has not heard the answer
+        elif message not in self._unread and len(self._unread) < _UNREAD:
+            self._unread.append(message)
+            self._news.set()
 
     async def repeat(self) -> None:
         """Say the last word again: the link was broken, and it may not have been heard."""
@@ -81,16 +85,16 @@ class SumPart:
         await self._say_it(word)
 
     async def _next(self, kind: type[M]) -> M:
-        """The next message, which must be of this kind; what was heard before may come again, word for word."""
-        while True:
-            message = await self._inbox.get()
-            if isinstance(message, kind):
-                self._heard[kind] = message
-                return message
-            if self._heard.get(type(message)) != message:
-                self._masking.end()
-                raise Deceived(_out_of_order(message, kind, type(message) in self._heard))
-            await self.repeat()  # who says it again has not heard the answer
+        """The next message, which must be of this kind."""
+        while not self._unread:
+            self._news.clear()
+            await self._news.wait()
+        message = self._unread.pop(0)
+        if not isinstance(message, kind):
+            self._masking.end()
+            raise Deceived(_out_of_order(message, kind, type(message) in self._heard))
+        self._heard[kind] = message
+        return message
 
 
 def _out_of_order(message: ToSummand, expected: type[Any], again: bool) -> str:

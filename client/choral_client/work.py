@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from io import BufferedIOBase
 
 import numpy as np
+import structlog
 import torch
 from choral import codecs
 from choral.codecs import FLOAT32, Codec, Vector
@@ -29,6 +30,8 @@ from choral_client.data import Shard
 from choral_client.residual import Feedback
 from choral_client.train import fit
 from choral_client.update import moved
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,11 @@ class Work:
         return Result(_encoded(self._moved(checkpoint), codec, plan.seed, feedback), held_out, work)
 
     def contribute(self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event) -> Summand:
-        """The same as a term of a secure sum. Raises Declined, TaskError, or Stopped once `stop` is set."""
+        """The same as a term of a secure sum. Raises Declined, TaskError, or Stopped once `stop` is set.
+
+        Work that comes to no number, or no examples to measure with, are no reason to decline: to say so would tell of this client
+        alone, and who chooses the model could ask for it. They add nothing to the sum.
+        """
         self.check(plan)
         assert plan.secure is not None, "what is not summed securely is sent as a result"
         layout = self.layout(plan)
@@ -91,9 +98,13 @@ class Work:
             return contribution.of_features(layout, self._features())
         held_out = self._measure() if plan.evaluate else ()
         if plan.kind is Kind.EVALUATION:
-            return contribution.of_measurements(layout, plan.secure, _some(held_out))
-        self._train(plan, stop)
-        return contribution.of_update(lambda: self._moved(checkpoint), layout, plan.secure, self._shard.size, held_out)
+            return contribution.of_measurements(layout, plan.secure, held_out)
+        try:
+            self._train(plan, stop)
+            return contribution.of_update(lambda: self._moved(checkpoint), layout, plan.secure, self._shard.size, held_out)
+        except Declined as error:
+            log.warning("nothing is added to the sum", reason=str(error))
+            return contribution.of_nothing(layout, plan.secure, held_out)
 
     def layout(self, plan: Plan) -> Layout:
         """How a term of a secure sum is laid out."""

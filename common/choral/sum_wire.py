@@ -22,6 +22,7 @@ from choral.sum_messages import (
 from choral.v1 import federation_pb2 as pb
 
 _LONGEST_NAME, _LONGEST_ID = 64, 500  # characters
+_LONGEST_VOUCHER = 1024  # bytes: the longest signature of an RSA key that is used has half of it
 
 
 def to_request(said: FromSummand) -> pb.AttendRequest:
@@ -102,6 +103,8 @@ def _advert_to_pb(advert: Advert, assignment: str = "") -> pb.SumAdvert:
 
 
 def _advert_from_pb(message: pb.SumAdvert) -> Advert:
+    if len(message.voucher) > _LONGEST_VOUCHER:  # it is passed on to everybody
+        raise InvalidMessage(f"a voucher of {len(message.voucher)} bytes in a secure sum; it has {_LONGEST_VOUCHER} at the most")
     shown = Shown(message.mask_key, message.share_key, message.commitment)
     return Advert(_name(message.client), shown, message.signing_key, message.signature, message.voucher)
 

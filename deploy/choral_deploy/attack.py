@@ -108,7 +108,7 @@ def run(clients: int, seed: int, out: Path) -> AttackReport:
 def _attack(federation: Federation, layer: FirstLayer, homes: Sequence[int], number: int) -> Victim:
     """One round of clients with these homes, of whom the first is the victim."""
     clients, settings = names(len(homes)), SecureAggregation(minimum_cohort=LEAST)
-    secure = settings.plan("attack", len(homes), weight_cap=1, max_norm=None)
+    secure = settings.plan(Kind.TRAINING, "attack", len(homes), weight_cap=1, max_norm=None)
     plans = {client: federation.plan(client, len(homes), secure) for client in clients}
     terms = Terms("attack", number, hashlib.sha256(federation.version).digest(), digest_of(plans[clients[0]]))
     numbers, manifest = settings.scale(len(homes)), federation.worker(homes[0]).manifest

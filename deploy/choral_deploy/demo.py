@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,7 @@ async def run(rounds: int, clients: Sequence[str], seed: int, out: Path, secure:
             federated_s = time.monotonic() - began
             display.say("for comparison: each device alone, and all data pooled")
             alone, pooled = await _compare(children, out, shards, clients, rounds, seed)
-    return replace(_report(observed, out, clients, seed, alone, pooled, federated_s, began), secure=secure)
+    return _report(observed, out, clients, seed, secure, alone, pooled, federated_s, began)
 
 
 def _prepare(out: Path) -> None:
@@ -220,6 +220,7 @@ def _report(
     out: Path,
     clients: Sequence[str],
     seed: int,
+    secure: bool,
     alone: dict[str, float],
     pooled: float,
     federated_s: float,
@@ -244,6 +245,7 @@ def _report(
         checkpoint=str(checkpoint),
         plot=str(out / "plot.png"),
         history=history,
+        secure=secure,
     )
     report.draw(out / "plot.png")
     (out / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")

@@ -34,6 +34,7 @@ from choral_server.lease import Lease
 from choral_server.membership import Membership, Roles
 from choral_server.records import RunRecord, RunState
 from choral_server.run import Runs
+from choral_server.secure_aggregation import FEW
 from choral_server.service import FederationService
 from choral_server.sessions import Sessions
 from choral_server.spool import Spool
@@ -122,6 +123,8 @@ async def _work(
     address = await doors.open()
     conducting = asyncio.create_task(_conduct(coordinator, config))
     _drain_on_signals(coordinator, conducting, config.drain_s)
+    if (secure := config.run.secure_aggregation) is not None and secure.minimum_cohort < FEW:
+        log.warning("a sum of few tells much of each", minimum_cohort=secure.minimum_cohort, better=FEW)
     log.info("coordinator ready", address=str(address), run=run.record.name, task=task.task, tls=config.tls is not None)
     ready(address)
     try:

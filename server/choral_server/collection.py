@@ -113,6 +113,7 @@ class Collection:
         self._house = house
         self._sum = self._secure_groups(aggregate) if isinstance(aggregate, MaskedSum | GroupedSum) else None
         self._left_out: dict[str, str] = {}  # clients whose secure sum came to nothing, and why
+        self._left: set[str] = set()  # clients that have left their secure sum after their result was in it
         self._telling: set[asyncio.Task[None]] = set()
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._waiting_for: dict[int, tuple[Upload, asyncio.Future[Receipt]]] = {}
@@ -345,15 +346,20 @@ class Collection:
         match event:
             case Reported(assignment, Phase.DECLINED) | Rejected(assignment):
                 part = round.parts.get(assignment)
-                if part is not None and part.state in AWAITED:
+                if part is not None and part.state in AWAITED | {PartState.READY}:
                     yield from self._recruits(round, ending=1)
 
     def _recruits(self, round: Round, ending: int = 0) -> Iterator[Recruited]:
         """As many as are wanted, and there, when `ending` of those waited for end without a result."""
         settings = self.run.settings
-        if round.kind is not Kind.TRAINING or round.state is not RoundState.OPEN or self.elapsed_s > settings.deadline_s / 2:
+        if (
+            round.kind is not Kind.TRAINING
+            or round.state is not RoundState.OPEN
+            or round.summing
+            or self.elapsed_s > settings.deadline_s / 2
+        ):
             return
-        wanted = round.goal + ending - round.count(PartState.ACCEPTED, *AWAITED)
+        wanted = round.goal + ending - round.count(PartState.ACCEPTED, PartState.READY, *AWAITED)
         if wanted <= 0:
             return
         taken = {part.client for part in round.parts.values()}
@@ -413,6 +419,9 @@ class Collection:
         """A client whose result is in the sum does not go on: that ends no part, and the operator is told."""
         assert self._sum is not None, "or nothing was left"
         self._sum.lost(part.client)
+        if part.client in self._left:
+            return  # one event for each: nobody fills the disk
+        self._left.add(part.client)
         now, round = self._house.clock(), self.round
         self._note(EventRecord(now, "secure sum left", reason, round.run, round.number, part.client))
 
@@ -421,6 +430,7 @@ class Collection:
         telling = asyncio.create_task(self._house.store.commit(event))
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)
+        telling.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever holds the lease finds out as well
 
     def said(self, client: str, word: FromSummand) -> None:
         """A client says something in the round's secure sum."""

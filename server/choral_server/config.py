@@ -251,7 +251,12 @@ class RunSettings(Settings):
             if self.compression.codec is not FLOAT32:
                 raise ValueError(
                     f"compression.upload: {self.compression.codec.name} contradicts secure_aggregation: masks do not cancel in "
-                    "what is rounded or left out: remove it; compression.download goes with it"
+                    "what is rounded or left out: remove it; compression.download: delta goes with it"
+                )
+            if self.compression.download == "bf16":
+                raise ValueError(
+                    "compression.download: bf16 contradicts secure_aggregation, in which clients sign the digest of the version that "
+                    "they train from, and what is rounded has another: take download: delta, which changes no bit"
                 )
             secure.must_suit(self.cohort_size, self.needed, self.cap)
         return self

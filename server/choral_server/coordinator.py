@@ -28,7 +28,6 @@ from choral_server.records import EventRecord, RunState
 from choral_server.rounds import OPEN_PARTS, Part, Parts, PartState, Round, RoundState, discarded
 from choral_server.run import ARTIFACTS, Run
 from choral_server.schedule import next_due
-from choral_server.secure_aggregation import LARGEST_COHORT
 from choral_server.spool import DISK, Spool
 from choral_server.standing import consequences
 from choral_server.state_folder import lock_of
@@ -252,7 +251,7 @@ class Coordinator:
             size = goal = len(present)
             quorum = quorum if kind is Kind.STATISTICS else 1
             if (secure := settings.secure_aggregation) is not None:
-                size = goal = min(goal, LARGEST_COHORT)
+                size = goal = min(goal, secure.largest_cohort)
                 quorum = max(quorum, secure.minimum_cohort)
         chosen = cohort.choose(settings.seed, number, present, size)
         offered = self._house.sessions.codecs

@@ -18,9 +18,11 @@ from choral.secagg.summand import Layout
 from choral.statistics import Moments
 from numpy.typing import NDArray
 
+from choral_server.intake import MAX_EXAMPLES
 from choral_server.rounds import Part
 
 _BLOCK = 1 << 18  # elements
+_ALMOST = Fraction(999_999, 1_000_000)  # of what clients have rounded
 _ROUNDING = 1.001  # a norm may be longer by what the clients' and our rounding makes of it
 
 
@@ -86,11 +88,27 @@ class MaskedSum:
             self._must_be(summand.WEIGHT, clients, clients * cap)
             self._must_be(summand.CLIPPED, 0, clients)
         if summand.COUNT in self._numbers:
-            self._must_be(summand.COUNT, clients, clients * wide.LARGEST)
+            self._must_be(summand.COUNT, clients, clients * MAX_EXAMPLES)
+            self._check_features()
         for name in self._metrics:
             examples, _ = summand.metric_sums(name)
             if examples in self._numbers:
                 self._must_be(examples, 0, clients * cap)
+        for metric in self.held_out():
+            if abs(metric.value) > summand.LARGEST:
+                raise BadSum(f"the mean of {metric.name!r} is {metric.value:g} where at most {summand.LARGEST:g} can be: {_WHY}")
+
+    def _check_features(self) -> None:
+        """A mean beyond what a plain round takes, or squares that are too small for it, would be in the model for good."""
+        count = self._numbers[summand.COUNT]
+        for number in range((len(self._layout.names) - 2) // 2):
+            total, squares = (self._numbers[name] for name in summand.feature_sums(number))
+            least = total * total / count
+            if abs(total / count) > summand.LARGEST or squares / count > summand.LARGEST**2 or squares < least * _ALMOST:
+                raise BadSum(
+                    f"the values of feature {number} sum to {float(total):g} and their squares to {float(squares):g}, of "
+                    f"{float(count):g} examples: {_WHY}"
+                )
 
     def _must_be(self, name: str, least: float, most: float) -> None:
         number = self._numbers[name]
@@ -98,16 +116,16 @@ class MaskedSum:
             raise BadSum(f"the sum of {name!r} is {float(number):g} where {_span(least, most)} can be: {_WHY}")
 
     def _check_vector(self) -> None:
-        clients, square, largest = len(self.contained), 0.0, 0.0
+        square, largest = 0.0, 0.0
         for start in range(0, self._layout.size, _BLOCK):
             block = self._scale.decode(self._sum.vector[start : start + _BLOCK])
             largest = max(largest, float(np.abs(block).max()))
             square += float(np.dot(block, block))
-        most = clients * self._plan.clip + self._scale.error
+        weight = float(self._numbers[summand.WEIGHT]) / self._plan.weight_cap
+        most = weight * self._plan.clip + self._scale.error
         if largest > most:
             raise BadSum(f"an entry of the sum of updates is {largest:g} where at most {most:g} can be: {_WHY}")
         if self._plan.max_norm:
-            weight = float(self._numbers[summand.WEIGHT]) / self._plan.weight_cap
             longest = weight * self._plan.max_norm * _ROUNDING + self._scale.error * math.sqrt(self._layout.size)
             if square > longest**2:
                 raise BadSum(

@@ -394,7 +394,8 @@ def _deadline_passed(round: Round, event: DeadlinePassed) -> Step:
         return round, ()  # whose steps have times of their own
     advancing = {part.assignment for part in round.parts.values() if part.state in OPEN_PARTS} & event.advancing
     if advancing and round.state is RoundState.OPEN:
-        cut, withdrawals = _cancel(round, why, spared=advancing)
+        ready = {part.assignment for part in round.parts.values() if part.state is PartState.READY}
+        cut, withdrawals = _cancel(round, why, spared=advancing | ready)
         return cut, (*withdrawals, Extend())
     if round.count(*_DONE) >= round.quorum:
         return _enough(round, why)

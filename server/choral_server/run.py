@@ -19,6 +19,7 @@ from choral.forms import rounded_names
 from choral.messages import VersionRef
 from choral.metrics import LOSS, Metric, weighted_mean
 from choral.plan import Kind, Plan, digest_of
+from choral.secagg.fixed_point import FixedPoint
 from choral.secagg.summand import Layout, layout_of
 from numpy.typing import NDArray
 
@@ -178,7 +179,7 @@ class Run:
         evaluate, secure = kind is not Kind.STATISTICS and self.clients_measure, None
         if (settings := self.settings.secure_aggregation) is not None:
             name = f"{self.record.name}/{self.record.nonce}"
-            secure = settings.plan(name, goal, self.settings.cap, self.settings.max_update_norm)
+            secure = settings.plan(kind, name, goal, self.settings.cap, self.settings.max_update_norm)
         return Plan(kind, self.record.task, self.record.task_version, self.training, seed, evaluate, goal, secure)
 
     def layout(self, plan: Plan) -> Layout:
@@ -211,7 +212,8 @@ class Run:
         """An empty aggregate for a round of this kind that is to be made of `goal` results; there is one at a time."""
         plan, settings = self.plan(kind, goal, 0), self.settings.secure_aggregation
         if settings is not None and plan.secure is not None:
-            layout, scale = self.layout(plan), settings.scale(goal)
+            layout, secure = self.layout(plan), plan.secure
+            scale = FixedPoint(secure.clip, secure.fraction_bits, secure.ring_bits, goal)
             sums = [MaskedSum(layout, scale, plan.secure, self.metrics) for _ in range(settings.groups_of(kind))]
             return sums[0] if len(sums) == 1 else GroupedSum(sums)
         if kind is Kind.TRAINING:

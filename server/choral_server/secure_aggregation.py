@@ -8,7 +8,7 @@ from choral.config import Settings
 from choral.errors import ConfigError
 from choral.plan import Kind, SecurePlan
 from choral.secagg.fixed_point import FixedPoint, fixed_point
-from choral.secagg.graph import shape_of
+from choral.secagg.graph import COMPLETE_UP_TO, shape_of
 from pydantic import Field
 
 LARGEST_COHORT = 1000  # clients: each is told of all the others
@@ -45,11 +45,17 @@ class SecureAggregation(Settings):
         """How entries are rounded in a sum of so many. Raises ConfigError, with the arithmetic."""
         return fixed_point(clients, self.clip, self.ring_bits, self.fraction_bits)
 
-    def plan(self, run: str, clients: int, weight_cap: int, max_norm: float | None) -> SecurePlan:
-        """What the clients of a round of at most so many are told."""
-        bits = self.scale(clients).fraction_bits
+    @property
+    def largest_cohort(self) -> int:
+        """How many clients a sum may have."""
+        return LARGEST_COHORT if self.threshold is None else COMPLETE_UP_TO
+
+    def plan(self, kind: Kind, run: str, clients: int, weight_cap: int, max_norm: float | None) -> SecurePlan:
+        """What the clients of a round of at most so many are told. Raises ConfigError, of a training round that is too large."""
         share, norm = self.threshold or 0.0, max_norm or 0.0
-        return SecurePlan(run, self.minimum_cohort, clients, share, self.clip, bits, self.ring_bits, weight_cap, norm)
+        scale = self.scale(clients) if kind is Kind.TRAINING else fixed_point(clients, self.clip, 64)  # of nothing: any will do
+        terms = share, self.clip, scale.fraction_bits, scale.ring_bits
+        return SecurePlan(run, self.minimum_cohort, clients, *terms, weight_cap, norm)
 
     def must_suit(self, cohort_size: int, quorum: int, weight_cap: int) -> None:
         """Raises ValueError, with the arithmetic: a round of this size cannot be summed so, or not safely, or not well."""

@@ -99,12 +99,11 @@ class SecureSum:
             if said.advert not in self._unmasking.roster.adverts:  # which may be said again when a link was broken
                 raise UpdateRefused("the secure sum has begun with the keys that were shown by then: this client has lost those")
             return
-        self._unmasking.retract(said.advert.client)
-        self._unmasking.take_advert(said.advert)
+        self._unmasking.renew_advert(said.advert)
 
     def begin(self, parts: Iterable[Part]) -> None:
         """With these, and no others."""
-        self._parts = {part.client: part for part in parts}
+        self._parts = {part.client: part for part in parts if part.client in self._unmasking.advertised}
         for other in self._unmasking.advertised - self._parts.keys():
             self._unmasking.retract(other)
         self._go_on(Stage.SHARES, self._parts, lambda: self._unmasking.close_adverts())

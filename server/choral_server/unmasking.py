@@ -65,6 +65,17 @@ class Unmasking:
         self._points |= points(said.shown)
         self._adverts[said.client] = said
 
+    def renew_advert(self, said: Advert) -> None:
+        """The same, in place of what the client has shown before, if it has. Raises UpdateRefused: then that still holds."""
+        before = self._adverts.get(said.client)
+        self.retract(said.client)
+        try:
+            self.take_advert(said)
+        except UpdateRefused:
+            if before is not None:
+                self.take_advert(before)
+            raise
+
     def retract(self, client: str) -> None:
         """A client does not take part after all, or will show other keys."""
         if self._roster is None and (said := self._adverts.pop(client, None)) is not None:

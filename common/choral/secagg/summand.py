@@ -20,6 +20,7 @@ from choral.secagg.wide import Wide
 
 CLIENTS, CLIPPED, WEIGHT, COUNT = "clients", "clipped", "weight", "count"
 """one of each client; one of each whose update had to be clipped; its capped number of examples; its number of examples"""
+LARGEST = 1e30  # magnitude of a feature's mean, or of a metric: the model keeps float32, which ends at 3e38
 _READ_BYTES = 1 << 20
 
 
@@ -74,9 +75,14 @@ def metric_sums(name: str) -> tuple[str, str]:
 
 
 def measured(metrics: Iterable[Metric], weight_cap: int) -> dict[str, float]:
-    """What a client adds to the sums for its metrics; no metric weighs more than `weight_cap` examples."""
+    """What a client adds to the sums for its metrics; no metric weighs more than `weight_cap` examples.
+
+    One that is undefined or beyond `LARGEST` is left out: to say so would tell of this client alone.
+    """
     values: dict[str, float] = {}
     for metric in metrics:
+        if not abs(metric.value) <= LARGEST:
+            continue
         examples, total = metric_sums(metric.name)
         weight = min(metric.examples, weight_cap)
         values |= {examples: weight, total: metric.value * weight}
