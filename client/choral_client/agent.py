@@ -305,6 +305,9 @@ class Agent:
         with checkpoint, self._oversight.watching(assignment.plan, stop):
             try:
                 return self._work.contribute(assignment.plan, checkpoint, stop)
+            except ChoralError as error:
+                log.warning("work failed", round=assignment.round, reason=str(error))
+                raise Declined(_WORK_FAILED) from error
             except Exception as error:
                 log.exception("work failed", round=assignment.round)
                 raise Declined(_WORK_FAILED) from error

@@ -255,8 +255,8 @@ class RunSettings(Settings):
                 )
             if self.compression.download == "bf16":
                 raise ValueError(
-                    "compression.download: bf16 contradicts secure_aggregation, in which clients sign the digest of the version that "
-                    "they train from, and what is rounded has another: take download: delta, which changes no bit"
+                    "compression.download: bf16 contradicts secure_aggregation, in which clients sign the digest of the version "
+                    "that they train from, and what is rounded has another: take download: delta, which changes no bit"
                 )
             secure.must_suit(self.cohort_size, self.needed, self.cap)
         return self
