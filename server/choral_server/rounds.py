@@ -327,6 +327,8 @@ def _ready(round: Round, event: Ready) -> Step:
 
 
 def _summed(round: Round, event: Summed) -> Step:
+    if not round.summing:
+        return round, ()
     return _close(round, RoundState.CLOSED, "the masks are off the sum")
 
 
@@ -374,7 +376,7 @@ def _overdue(round: Round, event: Overdue) -> Step:
 
 def _returned(round: Round, event: Returned) -> Step:
     part = round.part_of(event.client)
-    if part is not None and round.summing:
+    if part is not None and round.summing and round.state is RoundState.OPEN:
         return round, (Remind(part),)
     if part is None or part.state not in OPEN_PARTS:
         return round, ()
@@ -392,9 +394,9 @@ def _deadline_passed(round: Round, event: DeadlinePassed) -> Step:
     why = f"the deadline of {event.deadline_s:g} s passed"
     if round.summing:
         return round, ()  # whose steps have times of their own
-    advancing = {part.assignment for part in round.parts.values() if part.state in OPEN_PARTS} & event.advancing
+    ready = {part.assignment for part in round.parts.values() if part.state is PartState.READY}
+    advancing = {part.assignment for part in round.parts.values() if part.state in OPEN_PARTS} & event.advancing - ready
     if advancing and round.state is RoundState.OPEN:
-        ready = {part.assignment for part in round.parts.values() if part.state is PartState.READY}
         cut, withdrawals = _cancel(round, why, spared=advancing | ready)
         return cut, (*withdrawals, Extend())
     if round.count(*_DONE) >= round.quorum:

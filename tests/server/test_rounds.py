@@ -20,6 +20,7 @@ from choral_server.rounds import (
     Announce,
     Answer,
     Arrived,
+    BeginSum,
     DeadlinePassed,
     Event,
     Extend,
@@ -28,13 +29,16 @@ from choral_server.rounds import (
     Overdue,
     Part,
     PartState,
+    Ready,
     Recruited,
     Rejected,
+    Remind,
     Reported,
     Returned,
     Round,
     RoundState,
     Stopped,
+    Summed,
     Upload,
     Withdraw,
     as_kept,
@@ -108,26 +112,40 @@ EVENTS: dict[str, Event] = {
     "extended": DeadlinePassed(60.0, frozenset({id_of("alice")})),
     "deadline": DeadlinePassed(60.0),
     "stopped": Stopped("an operator said so"),
+    "ready": Ready(id_of("alice")),
+    "summed": Summed(),
 }
 
-# A dot: the part does not change.
+# A dot: the part does not change. Whoever is ready at the deadline is a quorum here, and its sum begins.
 TABLE = """
-            downloading working uploading declined arrived  rejected left   overdue returned  recruited extended deadline  stopped
-announced   downloading working uploading declined accepted refused  absent .       .         .         .        cancelled cancelled
-downloading .           working uploading declined accepted refused  absent .       announced .         .        cancelled cancelled
-working     downloading .       uploading declined accepted refused  absent .       announced .         .        cancelled cancelled
-uploading   downloading working .         declined accepted refused  absent .       announced .         .        cancelled cancelled
-absent      downloading working uploading declined accepted refused  .      gone    announced .         .        cancelled cancelled
-gone        downloading working uploading declined accepted refused  .      .       announced .         .        cancelled cancelled
-accepted    .           .       .         .        .        .        .      .       .         .         .        .         .
-declined    .           .       .         .        .        .        .      .       .         .         .        .         .
-refused     .           .       .         .        .        .        .      .       .         .         .        .         .
-cancelled   .           .       .         .        .        .        .      .       .         .         .        .         .
-"""
+            downloading working uploading declined arrived  rejected left   overdue returned  recruited extended deadline  stopped   ready summed
+announced   downloading working uploading declined accepted refused  absent .       .         .         .        cancelled cancelled ready .
+downloading .           working uploading declined accepted refused  absent .       announced .         .        cancelled cancelled ready .
+working     downloading .       uploading declined accepted refused  absent .       announced .         .        cancelled cancelled ready .
+ready       downloading working uploading declined accepted refused  absent .       announced .         .        .         cancelled .     .
+uploading   downloading working .         declined accepted refused  absent .       announced .         .        cancelled cancelled ready .
+absent      downloading working uploading declined accepted refused  .      gone    announced .         .        cancelled cancelled ready .
+gone        downloading working uploading declined accepted refused  .      .       announced .         .        cancelled cancelled ready .
+accepted    .           .       .         .        .        .        .      .       .         .         .        .         .         .     .
+declined    .           .       .         .        .        .        .      .       .         .         .        .         .         .     .
+refused     .           .       .         .        .        .        .      .       .         .         .        .         .         .     .
+cancelled   .           .       .         .        .        .        .      .       .         .         .        .         .         .     .
+"""  # noqa: E501
+
+# The same while the sum is under way: nobody is at work then, and what clients do in the sum is not the machine's.
+SUMMING = """
+          downloading working uploading declined arrived  rejected left overdue returned recruited extended deadline stopped   ready summed
+ready     .           .       .         declined accepted refused  .    gone    .        .         .        .        cancelled .     cancelled
+gone      .           .       .         declined accepted refused  .    .       .        .         .        .        cancelled .     cancelled
+accepted  .           .       .         .        .        .        .    .       .        .         .        .        .         .     .
+declined  .           .       .         .        .        .        .    .       .        .         .        .        .         .     .
+refused   .           .       .         .        .        .        .    .       .        .         .        .        .         .     .
+cancelled .           .       .         .        .        .        .    .       .        .         .        .        .         .     .
+"""  # noqa: E501
 
 
-def _cells() -> dict[tuple[PartState, str], PartState]:
-    header, *rows = (line.split() for line in TABLE.strip().splitlines())
+def _cells(table: str) -> dict[tuple[PartState, str], PartState]:
+    header, *rows = (line.split() for line in table.strip().splitlines())
     return {
         (PartState(state), event): PartState(state if after == "." else after)
         for state, *row in rows
@@ -135,18 +153,20 @@ def _cells() -> dict[tuple[PartState, str], PartState]:
     }
 
 
-CELLS = _cells()
+CELLS, OF_SUM = _cells(TABLE), _cells(SUMMING)
+NO_REASON = AT_WORK | {PartState.READY}
 
 
 def part_in(state: PartState) -> Part:
     part = replace(round_of(["alice"], 1, 1).parts[id_of("alice")], state=state)
     if state is PartState.ACCEPTED:
         return replace(part, examples=10)
-    return replace(part, reason="as it was") if state not in AT_WORK else part
+    return replace(part, reason="as it was") if state not in NO_REASON else part
 
 
 def test_the_table_covers_every_pair_of_state_and_event() -> None:
     assert set(CELLS) == {(state, event) for state in PartState for event in EVENTS}
+    assert set(OF_SUM) == {(state, event) for state in set(PartState) - AT_WORK - {PartState.ABSENT} for event in EVENTS}
     assert {type(event) for event in EVENTS.values()} == set(get_args(Event))
     assert {event.phase for event in EVENTS.values() if isinstance(event, Reported)} == set(Phase)
 
@@ -161,9 +181,11 @@ def test_each_event_in_each_state(before: PartState, name: str) -> None:
     part = after.parts[id_of("alice")]
     assert part.state is CELLS[before, name]
     assert actions == expected_actions(subject, part, event, after)
+    begins = before is PartState.READY and isinstance(event, DeadlinePassed)
+    assert after.summing is begins
     if isinstance(event, DeadlinePassed | Stopped):
         spared = isinstance(event, DeadlinePassed) and bool(event.advancing) and before in OPEN_PARTS
-        assert (after.state is OPEN) is spared
+        assert (after.state is OPEN) is (spared or begins)
         assert after.parts[id_of("bob")].state is PartState.CANCELLED
     else:
         assert after.state is OPEN
@@ -185,6 +207,8 @@ def expected_actions(before: Part, after: Part, event: Event, round: Round) -> t
             return (answer,)
         case Returned() if before.state in OPEN_PARTS:
             return (Announce(after),)
+        case DeadlinePassed() if before.state is PartState.READY:
+            return Withdraw(round.parts[id_of("bob")]), BeginSum((before,))
         case DeadlinePassed(_, advancing) if advancing and before.state in OPEN_PARTS:
             return Withdraw(round.parts[id_of("bob")]), Extend()
         case DeadlinePassed() | Stopped():
@@ -193,12 +217,65 @@ def expected_actions(before: Part, after: Part, event: Event, round: Round) -> t
     return ()
 
 
+@pytest.mark.parametrize(("before", "name"), OF_SUM, ids=lambda value: value.value if isinstance(value, PartState) else value)
+def test_each_event_in_each_state_while_the_sum_is_under_way(before: PartState, name: str) -> None:
+    subject, bob = part_in(before), replace(round_of(["bob"], 1, 1).parts[id_of("bob")], state=PartState.READY)
+    round = replace(round_of(["alice", "bob"], goal=2, quorum=1), parts={id_of("alice"): subject, id_of("bob"): bob}, summing=True)
+    event = EVENTS[name]
+    after, actions = step(round, event)
+    part = after.parts[id_of("alice")]
+    assert part.state is OF_SUM[before, name]
+    assert after.state is {"summed": CLOSED, "stopped": ABANDONED}.get(name, OPEN)
+    assert after.parts[id_of("bob")].state is (PartState.READY if after.state is OPEN else PartState.CANCELLED)
+    match event:
+        case Returned():
+            assert actions == (Remind(subject),)
+        case Stopped() | Summed():
+            ended = (Withdraw(part),) if before in OPEN_PARTS else ()
+            assert actions == (*ended, Withdraw(after.parts[id_of("bob")]))
+        case Arrived():
+            assert actions == expected_actions(subject, part, event, after)
+        case _:
+            assert actions == ()
+    if OF_SUM[before, name] is before:
+        assert part is subject
+
+
+def test_the_sum_begins_with_those_who_are_ready_and_ends_everybody_elses_part() -> None:
+    round, _ = play(round_of(["alice", "bob", "carol"], 2, 2), [Ready(id_of("carol"))])
+    assert not round.summing
+    after, actions = step(round, Ready(id_of("alice")))
+    assert after.summing
+    assert states(after) == {"alice": "ready", "bob": "cancelled", "carol": "ready"}
+    why = "the sum of round 3 began without it: the goal was reached"
+    assert after.parts[id_of("bob")].reason == why
+    assert actions == (
+        Withdraw(after.parts[id_of("bob")]),
+        BeginSum((after.parts[id_of("alice")], after.parts[id_of("carol")])),
+    )
+
+
+def test_who_is_ready_is_not_cut_off_while_a_transfer_advances() -> None:
+    """As little as a result that was accepted: it waits for the one that is about to be there."""
+    round, _ = play(round_of(["alice", "bob", "carol"], 3, 2), [Ready(id_of("alice")), Ready(id_of("carol"))])
+    after, actions = step(round, ADVANCING)
+    assert states(after) == {"alice": "ready", "bob": "announced", "carol": "ready"}
+    assert actions == (Extend(),)
+    summing, actions = step(after, DEADLINE)
+    assert summing.summing
+    assert states(summing) == {"alice": "ready", "bob": "cancelled", "carol": "ready"}
+    assert isinstance(actions[-1], BeginSum)
+
+
+@pytest.mark.parametrize("summing", [False, True])
 @pytest.mark.parametrize("closed", [CLOSED, DONE, ABANDONED])
 @pytest.mark.parametrize("state", [state for state in PartState if state not in OPEN_PARTS])
 @pytest.mark.parametrize("name", EVENTS)
-def test_nothing_changes_a_closed_round(closed: RoundState, state: PartState, name: str) -> None:
+def test_nothing_changes_a_closed_round(closed: RoundState, state: PartState, name: str, summing: bool) -> None:
     parts = {id_of("alice"): part_in(state)}
-    round = replace(round_of(["alice"], goal=1, quorum=1), parts=parts, state=closed, reason="as it was", duration_s=2.0)
+    round = replace(
+        round_of(["alice"], goal=1, quorum=1), parts=parts, state=closed, reason="as it was", duration_s=2.0, summing=summing
+    )
     after, actions = step(round, EVENTS[name])
     assert after is round
     assert [type(action) for action in actions] == ([Answer] if name == "arrived" else [])
@@ -456,6 +533,51 @@ SCENARIOS = {
     "stop after the end changes nothing": Scenario(
         "alice", 1, 1, [arrived("alice"), Stopped("stopped by an operator"), DEADLINE], CLOSED, "", "accepted"
     ),
+    "a secure round: work, then the sum of those who are ready": Scenario(
+        "alice bob carol",
+        2,
+        2,
+        [Ready(id_of("alice")), Ready(id_of("bob")), arrived("bob"), DEADLINE, arrived("alice"), Summed()],
+        CLOSED,
+        "",
+        "accepted accepted cancelled",
+    ),
+    "a secure round: all who are still here are ready, and a quorum": Scenario(
+        "alice bob carol",
+        3,
+        2,
+        [Ready(id_of("alice")), reported("bob", Phase.DECLINED, "on battery"), Ready(id_of("carol"))],
+        OPEN,
+        "",
+        "ready declined ready",
+    ),
+    "a secure round: too few are ready at the deadline": Scenario(
+        "alice bob",
+        2,
+        2,
+        [Ready(id_of("alice")), reported("bob", Phase.WORKING), DEADLINE],
+        ABANDONED,
+        "the deadline of 30 s passed: quorum of 2 missed with 1 accepted: bob working",
+        "cancelled cancelled",
+    ),
+    "a secure round: one who is ready leaves, and is ready again": Scenario(
+        "alice bob",
+        2,
+        2,
+        [Ready(id_of("alice")), Left("alice"), Ready(id_of("bob")), Returned("alice"), Ready(id_of("alice"))],
+        OPEN,
+        "",
+        "ready ready",
+    ),
+    "a secure round: the sum comes to nothing": Scenario(
+        "alice bob",
+        2,
+        2,
+        [Ready(id_of("alice")), Ready(id_of("bob")), arrived("alice"), Overdue("bob"), Stopped("too few are left")],
+        ABANDONED,
+        "too few are left",
+        "accepted cancelled",
+    ),
     "a round of nobody ends when it is stopped": Scenario("", 0, 1, [Stopped("nobody attends")], ABANDONED, "nobody attends", ""),
 }
 
@@ -542,6 +664,7 @@ ANY_EVENT = st.one_of(
     st.builds(reported, ANYONE, st.sampled_from(Phase), st.sampled_from(["", "on battery"])),
     st.builds(arrived, ANYONE, st.none() | ANYONE, st.integers(1, 3)),
     st.builds(arrived, ANYONE),  # again, so that many rounds reach their goal
+    st.builds(lambda client: Ready(id_of(client)), ANYONE),
     st.builds(lambda client: Rejected(id_of(client), "it holds NaN"), ANYONE),
     st.builds(Left, ANYONE),
     st.builds(Overdue, ANYONE),
@@ -550,6 +673,7 @@ ANY_EVENT = st.one_of(
     st.builds(lambda clients: DeadlinePassed(30.0, frozenset(map(id_of, clients))), st.sets(ANYONE)),
     st.just(DEADLINE),
     st.just(Stopped("stopped by an operator")),
+    st.just(Summed()),
 )
 
 
@@ -565,6 +689,8 @@ def test_invariants_hold_in_any_order_of_events(round: Round, events: list[Event
     answered: Counter[str] = Counter()
     folded: Counter[str] = Counter()
     for event in events:
+        if isinstance(event, Summed) and not can_be_summed(round):
+            continue
         before = replace(round, parts=dict(round.parts))
         after, actions = step(round, event)
         assert round == before, "the machine is pure"
@@ -578,7 +704,14 @@ def test_invariants_hold_in_any_order_of_events(round: Round, events: list[Event
     assert set(folded) == accepted_in(round)
     assert len(folded) <= round.goal
     if any(event == DEADLINE or isinstance(event, Stopped) for event in events):
+        assert round.state is not OPEN or round.summing
+    if any(isinstance(event, Stopped) for event in events):
         assert round.state is not OPEN
+
+
+def can_be_summed(round: Round) -> bool:
+    """Whether the secure sum could be over now: it is not, before a quorum is in it."""
+    return not round.summing or round.count(PartState.ACCEPTED) >= round.quorum
 
 
 def accepted_in(round: Round) -> set[str]:
@@ -590,7 +723,8 @@ def check_step(before: Round, event: Event, after: Round, actions: tuple[Action,
     folds = [action for action in actions if isinstance(action, Fold)]
     withdrawn = [action.part for action in actions if isinstance(action, Withdraw)]
     announced = [action.part for action in actions if isinstance(action, Announce)]
-    closing = before.state is OPEN and after.state is not OPEN
+    begun = [action.parts for action in actions if isinstance(action, BeginSum)]
+    closing = before.state is OPEN and (after.state is not OPEN or after.summing is not before.summing)
 
     # answers and folds
     assert [answer.upload for answer in answers] == ([event.upload] if isinstance(event, Arrived) else [])
@@ -599,7 +733,8 @@ def check_step(before: Round, event: Event, after: Round, actions: tuple[Action,
     assert all(before.parts[fold.upload.assignment].client == fold.upload.client for fold in folds)
 
     # what never changes
-    assert replace(after, parts={}, state=OPEN, reason="") == replace(before, parts={}, state=OPEN, reason="")
+    said = {"parts": {}, "state": OPEN, "reason": "", "summing": False}
+    assert replace(after, **said) == replace(before, **said)  # type: ignore[arg-type]
     clients = [(key, part.client) for key, part in before.parts.items()]
     new = [event.part] if isinstance(event, Recruited) and recruits(before, event) else []
     assert [(key, part.client) for key, part in after.parts.items()] == clients + [(part.assignment, part.client) for part in new]
@@ -611,6 +746,15 @@ def check_step(before: Round, event: Event, after: Round, actions: tuple[Action,
         assert not folds
         assert not withdrawn
         assert not announced
+
+    # the sum
+    assert after.summing or not before.summing, "what has begun is not undone"
+    assert begun == [tuple(part for part in after.parts.values() if part.state is PartState.READY)][: len(begun)]
+    assert len(begun) == (after.summing is not before.summing)
+    if after.summing and after.state is OPEN:
+        assert after.count(*AT_WORK, PartState.ABSENT) == 0, "nobody is at work on what it cannot enter any more"
+    if begun:
+        assert after.quorum <= after.count(PartState.READY, PartState.ACCEPTED) <= after.goal
 
     # the end
     if after.state is not OPEN:
@@ -629,23 +773,31 @@ def check_step(before: Round, event: Event, after: Round, actions: tuple[Action,
 
 
 def recruits(round: Round, event: Recruited) -> bool:
-    return round.state is OPEN and event.part.assignment not in round.parts
+    return round.state is OPEN and not round.summing and event.part.assignment not in round.parts
 
 
 def legal_return(round: Round, part: Part, event: Returned) -> bool:
-    return part.client == event.client and part.state in OPEN_PARTS
+    return part.client == event.client and part.state in OPEN_PARTS and not round.summing
 
 
 def concerns_nobody(round: Round, event: Event) -> bool:
-    """Whether no open part is meant."""
+    """Whether no open part is meant, or the sum is under way and the event is none of it."""
+    if round.summing and isinstance(event, Left | Returned | Recruited | Ready | DeadlinePassed):
+        return True
     match event:
+        case Summed():
+            return not round.summing
+        case Reported(_, phase) if round.summing and phase is not Phase.DECLINED:
+            return True
+        case Ready(assignment):
+            part = round.parts.get(assignment)
         case Reported(assignment) | Rejected(assignment):
             part = round.parts.get(assignment)
         case Left(client) | Returned(client):
             part = round.part_of(client)
         case Overdue(client):
             part = round.part_of(client)
-            return part is None or part.state is not PartState.ABSENT
+            return part is None or part.state is not (PartState.READY if round.summing else PartState.ABSENT)
         case Recruited(recruit):
             return recruit.assignment in round.parts
         case Arrived(arriving):
@@ -711,7 +863,7 @@ class Kept(RuleBasedStateMachine):
         if dies == "before the commit":
             return self.restart()
         self.disk = self.round = after
-        self.disk = replace(after, parts={key: as_kept(part) for key, part in after.parts.items()})
+        self.disk = replace(after, parts={key: as_kept(part) for key, part in after.parts.items()}, summing=False)
         if dies == "after the commit":
             return self.restart()
         for action in actions:
@@ -725,7 +877,8 @@ class Kept(RuleBasedStateMachine):
 
     @rule(event=ANY_EVENT, dies=st.sampled_from(["no", "no", "no", "before the commit", "after the commit"]))
     def something_happens(self, event: Event, dies: str) -> None:
-        self.take(event, dies)
+        if not isinstance(event, Summed) or can_be_summed(self.round):
+            self.take(event, dies)
 
     @rule(client=st.sampled_from(CLIENTS), dies=st.sampled_from(["no", "before the commit", "after the commit"]))
     def a_result_arrives(self, client: str, dies: str) -> None:
