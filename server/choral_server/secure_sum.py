@@ -143,12 +143,13 @@ class SecureSum:
     def taking(self, client: str) -> None:
         """A client's masked result has arrived, and is being stored: from now on it is in the sum. Raises UpdateRefused."""
         self.expects(client)
-        self._taking.add(client)
+        if client not in self._sent:
+            self._taking.add(client)
 
     def not_taken(self, client: str) -> None:
-        """It was not, after all, and will not be."""
-        self._taking.discard(client)
-        if client not in self._sent:
+        """It was not, after all, and will not be: its part has ended meanwhile. The time for it may be up already."""
+        if client in self._taking:
+            self._taking.discard(client)
             self.lost(client)
 
     def sent(self, client: str) -> None:
