@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from e2e.federation import Federation
+from e2e.secure_stage import stage
 from e2e.zygote import Zygote
 from server.databases import postgres
 
-__all__ = ["postgres"]
+__all__ = ["postgres", "stage"]
 
 
 @pytest.fixture
