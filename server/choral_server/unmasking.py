@@ -8,7 +8,8 @@ Pure: nothing waits here, or talks. The coordinator is not trusted with anything
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from itertools import combinations, islice
 
 import structlog
 from choral.errors import ChoralError, Deceived, UpdateRefused
@@ -27,6 +28,7 @@ from choral.secagg.roster import (
 from choral.secagg.shamir import PRIME, Recovery, corrected
 
 log = structlog.get_logger()
+_TRIES = 1000  # of the ways to choose shares, of which all in one must be right
 
 
 class TooFew(ChoralError):
@@ -206,12 +208,21 @@ class Unmasking:
                 return secret
             found = corrected(held, least)
             if found is not None and right(found[0]):
-                log.warning("wrong shares", of=client, held_by=[self.roster.adverts[one - 1].client for one in sorted(found[1])])
+                log.warning("wrong shares", of=client, held_by=self._names(found[1]))
                 return found[0]
+            for holders in islice(
+                combinations(sorted(held), least), _TRIES
+            ):  # of few clients, one wrong share more than can be told
+                if right(secret := Recovery(holders).secret(held)):
+                    log.warning("wrong shares", of=client, held_by_one_of=self._names(held.keys() - set(holders)))
+                    return secret
         raise TooFew(
             f"{len(held)} shares of a secret of {client} do not give it back, where {least} that are right would: it has shared "
             f"something else, or some who hold its shares lie"
         )
+
+    def _names(self, holders: Iterable[int]) -> list[str]:
+        return [self.roster.adverts[holder - 1].client for holder in sorted(holders)]
 
     def _recovery_of(self, holders: tuple[int, ...]) -> Recovery:
         """The same for many secrets, if everybody is everybody's neighbour."""

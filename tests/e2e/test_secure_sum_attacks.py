@@ -401,3 +401,19 @@ def test_steps_cannot_be_left_out(rig: SecureSum, order: str) -> None:
     with pytest.raises(Deceived, match="after its keys: it is said once, and after"):
         ask[order]()
     says_nothing_more(rig.clients[VICTIM], rig.coordinator.roster)
+
+
+@pytest.mark.parametrize("liar", [0, 1, 2, 3])
+def test_of_four_one_reveals_wrong_shares_and_the_sum_is_right_whoever_it_is(liar: int) -> None:
+    names = ["alice", "bob", "carol", "dave"]
+    people, vectors = People.named(names), vectors_of(names)
+    rig = SecureSum(people)
+    rig.advertise(names)
+    rig.share(names)
+    rig.send(names, vectors)
+    rig.coordinator.close(rig.sent)
+    rig.sign(names)
+    rig.coordinator.close_signatures()
+    rig.reveal(names[:liar] + names[liar + 1 :])
+    rig.reveal([names[liar]], lambda revealed: Revealed({one: share ^ 1 for one, share in revealed.mask_seeds.items()}, {}))
+    assert rig.unmasked().tolist() == sum(vectors.values(), np.zeros(5, np.uint32)).tolist()
