@@ -196,6 +196,8 @@ class Collection:
             self._tell(Summed())
 
         def lost(clients: Sequence[str], reason: str) -> None:
+            if self.round.state is not RoundState.OPEN:
+                return  # its clients have heard that from the round's end, which it comes from
             self._left_out |= dict.fromkeys(clients, reason)
             for client in clients:
                 self._cancel_sum(client)
