@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import combinations
 
 import pytest
-from choral_server.cohort import choose, selected
+from choral_server.cohort import choose, dealt, selected
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,3 +72,36 @@ def test_other_seeds_and_rounds_choose_others() -> None:
 )
 def test_over_selection_is_rounded_up_but_not_by_floating_point(cohort_size: int, over_selection: float, asked: int) -> None:
     assert selected(cohort_size, over_selection) == asked
+
+
+@given(st.text(max_size=10), NAMES, st.integers(1, 12), st.randoms(use_true_random=False))
+def test_all_are_dealt_into_groups_of_which_none_has_two_more_than_another(
+    order: str, names: list[str], groups: int, random: object
+) -> None:
+    group_of = dealt(order, names, groups)
+    shuffled = list(names)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert dealt(order, iter(shuffled), groups) == group_of
+    assert group_of.keys() == set(names)
+    sizes = Counter(group_of.values())
+    assert set(sizes) <= set(range(groups))
+    assert max(sizes[group] for group in range(groups)) - min(sizes[group] for group in range(groups)) <= 1
+
+
+def test_groups_are_the_same_in_every_process_and_release() -> None:
+    names = ["alice", "bob", "carol", "dave", "erin", "frank"]
+    assert [dealt(f"7/{number}/group", names, 3) for number in range(2)] == [
+        {"alice": 2, "bob": 1, "carol": 1, "dave": 0, "erin": 0, "frank": 2},
+        {"alice": 2, "bob": 1, "carol": 1, "dave": 0, "erin": 2, "frank": 0},
+    ]
+
+
+def test_every_pair_meets_in_a_group_about_as_often_as_any_other() -> None:
+    names, rounds = [f"client-{number}" for number in range(9)], 2000
+    met: Counter[tuple[str, str]] = Counter()
+    for number in range(rounds):
+        group_of = dealt(f"1/{number}/group", names, 3)
+        met.update(pair for pair in combinations(names, 2) if group_of[pair[0]] == group_of[pair[1]])
+    # of eight others two are in one's group: 5 standard deviations of the binomial
+    assert len(met) == 36
+    assert all(abs(count - rounds / 4) < 5 * (rounds / 4 * 3 / 4) ** 0.5 for count in met.values())
