@@ -259,11 +259,12 @@ class Collection:
                 if self._sum is not None:
                     self._sum.sent(upload.client)
             case BeginSum(parts) if self._sum is not None:
-                log.info("secure sum begins", round=self.round.number, clients=len(parts))
-                self._sum.divide(parts)
+                there = [part for part in parts if self.round.parts[part.assignment].state is PartState.READY]  # still
+                log.info("secure sum begins", round=self.round.number, clients=len(there))
+                self._sum.divide(there)
                 if isinstance(self.tally.aggregate, GroupedSum):
                     self.tally.aggregate.divide(self._sum.groups)
-                self._sum.begin(parts)
+                self._sum.begin(there)
             case Remind(part) if part.client in self._left_out:
                 self._cancel_sum(part.client)
             case Remind(part) if self._sum is not None:

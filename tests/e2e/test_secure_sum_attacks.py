@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from choral.errors import ConfigError, Deceived
 from choral.secagg import keys
 from choral.secagg.roster import Roster, Terms, advert, sign_survivors
-from choral_client.masking import Floor, Masking
+from choral_client.masking import Floor, Masking, Revealed
 from e2e.secure_sum import TERMS, People, SecureSum, Spent, vectors_of
 
 NAMES = [f"client-{number}" for number in range(7)]
