@@ -108,6 +108,11 @@ class Secure:
         self.devices = {name: Device(here, collection, people, name, examples.get(name, 10)) for name in CLIENTS}
         self._collecting = here.begin(collection)
 
+    async def taken(self, client: str) -> None:
+        """Once the round knows that it is ready."""
+        while self.collection.round.parts[self.here.id_of(client)].state is not PartState.READY:
+            await asyncio.sleep(0)  # a turn of the loop, which needs nothing else for it
+
     async def closed(self) -> Round:
         return await asyncio.wait_for(self._collecting, PATIENCE_S)
 
@@ -133,6 +138,7 @@ async def test_a_secure_round_and_nobody_is_asked_beside_those_who_are_enough(ho
     secure = await secure_round(home, "alice", "bob", "carol", examples={"alice": 3, "bob": 40})
     for name in ("alice", "bob", "carol"):
         await secure.devices[name].ready()
+        await secure.taken(name)
     await asyncio.gather(*(secure.devices[name].sums_up() for name in ("alice", "bob", "carol")))
     closed = await secure.closed()
     assert closed.state is RoundState.CLOSED
