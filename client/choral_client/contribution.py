@@ -6,7 +6,8 @@ Bounds are kept here, because the coordinator never sees what it could hold agai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 
 import numpy as np
 import structlog
@@ -17,6 +18,7 @@ from choral.plan import SecurePlan
 from choral.secagg import summand
 from choral.secagg.fixed_point import FixedPoint, fixed_point
 from choral.secagg.summand import Layout, Summand
+from choral.secagg.wide import Number
 from numpy.typing import NDArray
 
 log = structlog.get_logger()
@@ -72,11 +74,12 @@ def of_measurements(layout: Layout, secure: SecurePlan, held_out: tuple[Metric, 
 
 
 def of_features(layout: Layout, features: NDArray[np.floating]) -> Summand:
-    """The sums and the sums of squares of features `(n, d)`. Raises Declined."""
-    x = features.astype(np.float64)
-    values: dict[str, float] = {summand.CLIENTS: 1, summand.COUNT: len(x)}
-    for number, (total, squares) in enumerate(zip(x.sum(axis=0), np.square(x).sum(axis=0), strict=True)):
-        values |= dict(zip(summand.feature_sums(number), (float(total), float(squares)), strict=True))
+    """The sums and the sums of squares of features `(n, d)`: exact, if those are float32. Raises Declined."""
+    values: dict[str, Number] = {summand.CLIENTS: 1, summand.COUNT: len(features)}
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is declined
+        for number, feature in enumerate(features.astype(np.float64).T):
+            sums = _sum(feature), _sum(np.square(feature))
+            values |= dict(zip(summand.feature_sums(number), sums, strict=True))
     return Summand(np.empty(0, layout.dtype), _numbers(layout, values))
 
 
@@ -91,7 +94,16 @@ def _shrink(blocks: Blocks, max_norm: float) -> float:
     return max_norm / norm
 
 
-def _numbers(layout: Layout, values: dict[str, float]) -> NDArray[np.uint64]:
+def _sum(terms: NDArray[np.float64]) -> Number:
+    """To twice the digits of a float64: the variance is the difference of two such sums, and may be small beside both."""
+    if not np.isfinite(about := float(terms.sum())):
+        return about
+    each = terms.tolist()
+    high = math.fsum(each)
+    return Fraction(high) + Fraction(math.fsum((*each, -high)))
+
+
+def _numbers(layout: Layout, values: Mapping[str, Number]) -> NDArray[np.uint64]:
     try:
         return layout.numbers(values)
     except ValueError as error:

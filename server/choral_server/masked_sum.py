@@ -84,6 +84,9 @@ class MaskedSum:
     def _check_numbers(self) -> None:
         clients, cap = len(self.contained), self._plan.weight_cap
         self._must_be(summand.CLIENTS, clients, clients)
+        for name, number in self._numbers.items():
+            if not abs(number) <= clients * wide.LARGEST:
+                raise BadSum(f"the sum of {name!r} is {float(number):g}, which {clients} clients cannot have sent: {_WHY}")
         if summand.WEIGHT in self._numbers:
             self._must_be(summand.WEIGHT, clients, clients * cap)
             self._must_be(summand.CLIPPED, 0, clients)

@@ -16,7 +16,7 @@ from choral.plan import Kind, Plan
 from choral.secagg import wide
 from choral.secagg.fixed_point import Ring
 from choral.secagg.masks import Mask
-from choral.secagg.wide import Wide
+from choral.secagg.wide import Number, Wide
 
 CLIENTS, CLIPPED, WEIGHT, COUNT = "clients", "clipped", "weight", "count"
 """one of each client; one of each whose update had to be clipped; its capped number of examples; its number of examples"""
@@ -42,7 +42,7 @@ class Layout:
         """Of the elements."""
         return np.dtype(f"<u{self.ring_bits // 8}")
 
-    def numbers(self, values: Mapping[str, float]) -> Wide:
+    def numbers(self, values: Mapping[str, Number]) -> Wide:
         """The numbers, 0 where none is given. Raises ValueError: one is too large, or undefined."""
         return wide.encode(values.get(name, 0.0) for name in self.names)
 

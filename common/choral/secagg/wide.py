@@ -6,13 +6,14 @@ numbers add up exactly, and of others a float64 is rounded by less than its own 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
 Wide = NDArray[np.uint64]
+Number = float | Fraction
 BITS, FRACTION_BITS = 256, 116
 LARGEST = 2.0**116
 TERMS = 1 << 22  # of a sum, each at most LARGEST, so that it cannot reach half the ring
@@ -20,7 +21,7 @@ BYTES = BITS // 8
 _WORDS = BITS // 64
 
 
-def encode(values: Iterable[float]) -> Wide:
+def encode(values: Iterable[Number]) -> Wide:
     """The numbers as an array `(n, 4)`. Raises ValueError: one is beyond `LARGEST`, or undefined."""
     return np.frombuffer(b"".join(map(_bytes_of, values)), "<u8").astype(np.uint64).reshape(-1, _WORDS)
 
@@ -55,10 +56,10 @@ def subtract(total: Wide, less: Wide) -> None:
         borrow = ((before < less[:, word]) | (after < borrow)).astype(np.uint64)
 
 
-def _bytes_of(value: float) -> bytes:
+def _bytes_of(value: Number) -> bytes:
     if not abs(value) <= LARGEST:  # also of NaN
-        raise ValueError(f"{value:g} is beyond {LARGEST:g}, the largest number that a secure sum takes")
-    return round(math.ldexp(value, FRACTION_BITS)).to_bytes(BYTES, "little", signed=True)
+        raise ValueError(f"{float(value):g} is beyond {LARGEST:g}, the largest number that a secure sum takes")
+    return round(Fraction(value) * (1 << FRACTION_BITS)).to_bytes(BYTES, "little", signed=True)
 
 
 def _float_of(number: int) -> float:
