@@ -236,7 +236,7 @@ class Agent:
         try:
             await self._sums.hear(message)
         except Declined as error:
-            log.warning("declined", assignment=brief(message.assignment), error=Declined.__name__, reason=str(error))
+            log.warning("declined", assignment=brief(message.assignment), error=type(error).__name__, reason=str(error))
             await self._report(Status(message.assignment, Phase.DECLINED, str(error)))
 
     def _look_at_history(self, head: Head | None) -> None:

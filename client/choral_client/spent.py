@@ -39,7 +39,7 @@ class Spent:
             return {str(run): int(number) for run, number in read.items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, OverflowError, TypeError, AttributeError, RecursionError) as error:
             raise Declined(
                 f"{self._path} says in which rounds this client has revealed what it held, and cannot be read ({error}): restore "
                 "it, or remove it if it is certain that no coordinator repeats a round"
