@@ -5,6 +5,7 @@ With `status` and the servicers and transports of both sides, the only files tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TypeVar
@@ -37,6 +38,7 @@ from choral.messages import (
 )
 from choral.metrics import Metric
 from choral.plan import Kind, Plan, SecurePlan, Training
+from choral.secagg.fixed_point import RINGS
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import model_pb2 as mb
 
@@ -206,6 +208,17 @@ def plan_from_pb(message: pb.Plan) -> Plan:
 
 
 def _secure_from_pb(message: pb.SecurePlan) -> SecurePlan:
+    for name, allowed in (
+        ("least_clients", message.least_clients >= 1),
+        ("most_clients", message.most_clients >= 1),
+        ("threshold", 0 <= message.threshold <= 1),
+        ("clip", 0 < message.clip < math.inf),
+        ("ring_bits", message.ring_bits in RINGS),
+        ("weight_cap", message.weight_cap >= 1),
+        ("max_norm", 0 <= message.max_norm < math.inf),
+    ):
+        if not allowed:
+            raise InvalidMessage(f"a plan that is not allowed: secure.{name} is {getattr(message, name)}")
     return SecurePlan(
         brief(message.run),
         message.least_clients,
