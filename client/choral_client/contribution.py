@@ -57,20 +57,20 @@ def of_update(blocks: Blocks, layout: Layout, secure: SecurePlan, examples: int,
         start += block.size
     if clipped:
         log.warning("update clipped", entries=clipped, of=layout.size, clip=secure.clip)
-    values = {summand.CLIENTS: 1, summand.WEIGHT: weight, summand.CLIPPED: float(clipped > 0 or shrink < 1)}
+    values: dict[str, Number] = {summand.CLIENTS: 1, summand.WEIGHT: weight, summand.CLIPPED: int(clipped > 0 or shrink < 1)}
     return Summand(vector, _numbers(layout, values | summand.measured(held_out, secure.weight_cap)))
 
 
 def of_nothing(layout: Layout, secure: SecurePlan, held_out: tuple[Metric, ...]) -> Summand:
     """What a client adds whose update is no number: none of it, at the least weight. Raises Declined."""
-    values = {summand.CLIENTS: 1, summand.WEIGHT: 1, summand.CLIPPED: 1.0}
+    values: dict[str, Number] = {summand.CLIENTS: 1, summand.WEIGHT: 1, summand.CLIPPED: 1}
     return Summand(np.zeros(layout.size, layout.dtype), _numbers(layout, values | summand.measured(held_out, secure.weight_cap)))
 
 
 def of_measurements(layout: Layout, secure: SecurePlan, held_out: tuple[Metric, ...]) -> Summand:
     """What was measured, and no update. Raises Declined."""
-    values = summand.measured(held_out, secure.weight_cap)
-    return Summand(np.empty(0, layout.dtype), _numbers(layout, {summand.CLIENTS: 1} | values))
+    values: dict[str, Number] = {summand.CLIENTS: 1}
+    return Summand(np.empty(0, layout.dtype), _numbers(layout, values | summand.measured(held_out, secure.weight_cap)))
 
 
 def of_features(layout: Layout, features: NDArray[np.floating]) -> Summand:

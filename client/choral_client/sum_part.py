@@ -45,11 +45,12 @@ class SumPart:
         self._revealed = False
 
     async def hear(self, message: ToSummand) -> None:
-        """The coordinator says something; what comes again and again is not kept. Raises Deceived: something new, and all is said."""
+        """The coordinator says something; what comes again is not kept. Raises Deceived: something new, when all is said."""
         if message == self._heard.get(type(message)):
             await self.repeat()  # who says it again has not heard the answer
         elif self._revealed:
-            raise Deceived(f"the coordinator tells this client {_TOLD[type(message)]} when it has revealed what it held, and that once")
+            told = _TOLD[type(message)]
+            raise Deceived(f"the coordinator tells this client {told} when it has revealed what it held, which it does once")
         elif message not in self._unread and len(self._unread) < _UNREAD:
             self._unread.append(message)
             self._news.set()

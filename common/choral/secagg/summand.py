@@ -74,12 +74,12 @@ def metric_sums(name: str) -> tuple[str, str]:
     return f"{name} examples", f"{name} total"
 
 
-def measured(metrics: Iterable[Metric], weight_cap: int) -> dict[str, float]:
+def measured(metrics: Iterable[Metric], weight_cap: int) -> dict[str, Number]:
     """What a client adds to the sums for its metrics; no metric weighs more than `weight_cap` examples.
 
     One that is undefined or beyond `LARGEST` is left out: to say so would tell of this client alone.
     """
-    values: dict[str, float] = {}
+    values: dict[str, Number] = {}
     for metric in metrics:
         if not abs(metric.value) <= LARGEST:
             continue

@@ -57,7 +57,7 @@ def subtract(total: Wide, less: Wide) -> None:
 
 
 def _bytes_of(value: Number) -> bytes:
-    if not abs(value) <= LARGEST:  # also of NaN
+    if not -LARGEST <= value <= LARGEST:  # also of NaN
         raise ValueError(f"{float(value):g} is beyond {LARGEST:g}, the largest number that a secure sum takes")
     return round(Fraction(value) * (1 << FRACTION_BITS)).to_bytes(BYTES, "little", signed=True)
 
