@@ -25,7 +25,11 @@ from choral.messages import (
     Welcome,
 )
 from choral.metrics import Metric
-from choral.plan import Kind, Plan, Training
+from choral.plan import Kind, Plan, SecurePlan, Training
+from choral.secagg.keys import Shown
+from choral.secagg.roster import Advert
+from choral.secagg.shamir import PRIME
+from choral.sum_messages import SumAdvert, SumRevealed, SumRoster, SumShares, SumSignature, SumSignatures, SumSurvivors
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import model_pb2 as mb
 from google.protobuf.message import Message
@@ -63,6 +67,18 @@ TRAININGS = st.builds(
     batch_size=st.integers(1, 1_000_000),
     learning_rate=st.floats(0, exclude_min=True, allow_infinity=False, allow_nan=False),
 )
+SECURES = st.builds(
+    SecurePlan,
+    run=TEXT,
+    least_clients=st.integers(1, 2**31 - 1),
+    most_clients=st.integers(1, 2**31 - 1),
+    threshold=st.floats(0, 1),
+    clip=st.floats(0, exclude_min=True, allow_infinity=False),
+    fraction_bits=st.integers(-(2**31), 2**31 - 1),
+    ring_bits=st.sampled_from([32, 64]),
+    weight_cap=st.integers(1, 2**63 - 1),
+    max_norm=st.floats(0, allow_infinity=False),
+)
 PLANS = st.builds(
     Plan,
     kind=st.sampled_from(Kind),
@@ -72,7 +88,18 @@ PLANS = st.builds(
     seed=st.integers(0, 2**64 - 1),
     evaluate=st.booleans(),
     cohort=st.integers(0, 2**31 - 1),
+    secure=st.none() | SECURES,
 )
+SHARES = st.dictionaries(TEXT, st.integers(0, PRIME - 1), max_size=3)
+ADVERTS = st.builds(
+    Advert,
+    client=TEXT,
+    shown=st.builds(Shown, mask_key=st.binary(max_size=32), share_key=st.binary(max_size=32), commitment=st.binary(max_size=32)),
+    key=st.binary(max_size=32),
+    signature=st.binary(max_size=64),
+    voucher=st.binary(max_size=20),
+)
+BY_NAME = st.dictionaries(TEXT, st.binary(max_size=20), max_size=3)
 HELLOS = st.builds(
     Hello,
     protocol_version=st.just(wire.PROTOCOL_VERSION),
@@ -90,6 +117,10 @@ FROM_CLIENT = {
     "hello": HELLOS,
     "status": st.builds(Status, assignment=TEXT, phase=st.sampled_from(Phase), reason=TEXT),
     "heartbeat": st.just(Heartbeat()),
+    "sum_advert": st.builds(SumAdvert, assignment=TEXT, advert=ADVERTS),
+    "sum_shares": st.builds(SumShares, assignment=TEXT, sealed=BY_NAME),
+    "sum_signature": st.builds(SumSignature, assignment=TEXT, signature=st.binary(max_size=64)),
+    "sum_revealed": st.builds(SumRevealed, assignment=TEXT, mask_seeds=SHARES, key_seeds=SHARES),
 }
 FROM_COORDINATOR = {
     "welcome": st.builds(Welcome, run=TEXT, heartbeat_s=st.floats(0.1, 3600.0), version=VERSIONS, history=HEADS),
@@ -97,6 +128,10 @@ FROM_COORDINATOR = {
     "cancel": st.builds(Cancel, assignment=TEXT, reason=TEXT),
     "new_version": st.builds(NewVersion, version=VERSIONS),
     "come_back": st.builds(ComeBack, after_s=st.none() | st.floats(0.0, 86_400.0), reason=TEXT),
+    "sum_roster": st.builds(SumRoster, assignment=TEXT, adverts=st.lists(ADVERTS, max_size=3).map(tuple)),
+    "sum_shares": st.builds(SumShares, assignment=TEXT, sealed=BY_NAME),
+    "sum_survivors": st.builds(SumSurvivors, assignment=TEXT, clients=st.lists(TEXT, max_size=3).map(tuple)),
+    "sum_signatures": st.builds(SumSignatures, assignment=TEXT, signatures=BY_NAME),
 }
 HEADERS = st.builds(
     UploadHeader,
@@ -234,6 +269,45 @@ def test_a_plan_that_cannot_work_is_refused(field: str, value: float) -> None:
     setattr(plan, field, value)
     with pytest.raises(InvalidMessage, match=f"(?s)a plan that is not allowed: .*{field}"):
         wire.plan_from_pb(plan)
+
+
+SECURE = {
+    **{"run": "run/1", "least_clients": 3, "most_clients": 10, "threshold": 0.0, "clip": 8.0, "fraction_bits": 24, "ring_bits": 32},
+    **{"weight_cap": 4096, "max_norm": 0.0},
+}
+
+
+def test_the_terms_of_a_secure_sum_arrive_as_they_are() -> None:
+    plan = pb.Plan(kind=mb.ROUND_KIND_TRAINING, batch_size=1, learning_rate=0.1)
+    assert wire.plan_from_pb(plan).secure is None
+    plan.secure.CopyFrom(pb.SecurePlan(**SECURE))
+    assert wire.plan_from_pb(plan).secure == SecurePlan(**SECURE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("least_clients", 0),
+        ("most_clients", -1),
+        ("threshold", -0.1),
+        ("threshold", 1.1),
+        ("threshold", math.nan),
+        ("clip", 0.0),
+        ("clip", math.inf),
+        ("clip", math.nan),
+        ("ring_bits", 0),
+        ("ring_bits", 16),
+        ("weight_cap", 0),
+        ("weight_cap", -1),
+        ("max_norm", -1.0),
+        ("max_norm", math.inf),
+        ("max_norm", math.nan),
+    ],
+)
+def test_terms_of_a_secure_sum_that_cannot_be_are_refused(field: str, value: float) -> None:
+    secure = pb.SecurePlan(**SECURE | {field: value})
+    with pytest.raises(InvalidMessage, match=rf"^a plan that is not allowed: secure\.{field} is {value}$"):
+        wire.plan_from_pb(pb.Plan(kind=mb.ROUND_KIND_TRAINING, batch_size=1, learning_rate=0.1, secure=secure))
 
 
 # What a coordinator may not say, whoever it is

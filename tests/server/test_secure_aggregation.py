@@ -150,8 +150,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"cohort_size": 1000, "secure_aggregation": True, "weight_cap": 2**13 + 1},
-        "weight_cap 8193 with secure_aggregation: a client with one example weighs 1/8193, and clip 8 with 18 bits behind the point"
-        " has 2097152 steps, which leaves it 256 of them; at least 256 are needed: weight_cap at most 8192, or ring_bits: 64",
+        "weight_cap 8193 with secure_aggregation: a client with one example weighs 1/8193, and clip 8 with 18 bits behind the "
+        "point has 2097152 steps, which leaves it 256 of them; at least 256 are needed: weight_cap at most 8192, or ring_bits: 64",
     ),
     (
         {"cohort_size": 3, "secure_aggregation": True, "compression": {"upload": "int8"}},
