@@ -163,6 +163,19 @@ async def test_all_who_are_asked_hear_of_their_part_and_count(home: Home) -> Non
     assert collection.tally.aggregate.mean().tolist() == CHANGE.tolist()
 
 
+async def test_how_many_examples_a_client_has_is_known_by_its_result_and_not_forgotten(home: Home) -> None:
+    here = await floor(home)
+    here.join("alice", "bob")
+    assert {client.examples for client in home.store.clients.values()} == {0}
+    collecting = here.begin(collection := await here.asked("alice", "bob"))
+    await sends(collection, "alice")
+    collection.stop("enough")
+    await collecting
+    here.leave("alice")
+    here.join("alice")
+    assert {name: client.examples for name, client in home.store.clients.items()} == {"alice": 10, "bob": 0}
+
+
 async def test_who_attends_before_a_round_is_taken_up_is_asked(home: Home) -> None:
     here = await floor(home)
     await here.asked("alice", "bob")
