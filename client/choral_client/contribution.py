@@ -28,13 +28,14 @@ Blocks = Callable[[], Iterator[Vector]]
 
 def check_terms(secure: SecurePlan) -> None:
     """Raises Declined: no sum can be made on these terms."""
-    _scale_of(secure)
+    scale_of(secure)
     if not (secure.weight_cap >= 1 and secure.max_norm >= 0):
         told = f"a weight cap of {secure.weight_cap} and a norm of {secure.max_norm:g}"
         raise Declined(f"the coordinator asks for a sum that cannot be right: {told}")
 
 
-def _scale_of(secure: SecurePlan) -> FixedPoint:
+def scale_of(secure: SecurePlan) -> FixedPoint:
+    """How entries are rounded. Raises Declined: a sum could overflow."""
     try:
         return fixed_point(secure.most_clients, secure.clip, secure.ring_bits, secure.fraction_bits)
     except ConfigError as error:
@@ -43,7 +44,7 @@ def _scale_of(secure: SecurePlan) -> FixedPoint:
 
 def of_update(blocks: Blocks, layout: Layout, secure: SecurePlan, examples: int, held_out: tuple[Metric, ...]) -> Summand:
     """An update of `layout.size` elements and its weight, with what was measured. Raises Declined."""
-    scale, shrink = _scale_of(secure), _shrink(blocks, secure.max_norm)
+    scale, shrink = scale_of(secure), _shrink(blocks, secure.max_norm)
     weight, vector = min(examples, secure.weight_cap), np.empty(layout.size, layout.dtype)
     start, clipped, clip = 0, 0, scale.clip32
     for block in blocks():

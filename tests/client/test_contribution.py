@@ -12,7 +12,7 @@ from choral.metrics import Metric
 from choral.plan import SecurePlan
 from choral.secagg import wide
 from choral.secagg.summand import Layout, Summand, feature_sums
-from choral_client.contribution import of_features, of_measurements, of_update, scale_of
+from choral_client.contribution import check_terms, of_features, of_measurements, of_nothing, of_update, scale_of
 from structlog.testing import capture_logs
 
 SECURE = SecurePlan("run/1", 3, 10, 0.0, 8.0, 24, 32, 16)
@@ -113,10 +113,23 @@ def test_a_sum_that_cannot_be_right_is_declined(change: dict[str, float]) -> Non
         scale_of(replace(SECURE, **change))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e36])
-def test_a_metric_that_is_undefined_or_too_large_is_declined(value: float) -> None:
-    with pytest.raises(Declined, match=r"is beyond 8.30767e\+34, .*: scale the features or the metrics of the task"):
-        update([1.0], SECURE, 4, Metric("loss", value, 3))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e36, -1e31])
+def test_a_metric_that_is_undefined_or_too_large_is_left_out_and_nobody_is_told(value: float) -> None:
+    one = update([1.0], SECURE, 4, Metric("loss", value, 3))
+    assert (told(one)["loss examples"], told(one)["loss total"]) == (0, 0)
+
+
+def test_an_update_that_is_no_number_adds_nothing() -> None:
+    one = of_nothing(Layout(3, 32, NAMES), SECURE, (Metric("loss", 0.5, 2),))
+    assert entries(one) == [0, 0, 0]
+    assert told(one) == {"clients": 1, "clipped": 1, "weight": 1, "loss examples": 2, "loss total": 1}
+
+
+@pytest.mark.parametrize("change", [{"weight_cap": 0}, {"max_norm": -1.0}, {"max_norm": float("nan")}])
+def test_terms_that_make_no_sum_are_declined_before_any_work(change: dict[str, float]) -> None:
+    check_terms(SECURE)
+    with pytest.raises(Declined, match="the coordinator asks for a sum that cannot be right"):
+        check_terms(replace(SECURE, **change))  # type: ignore[arg-type]
 
 
 def test_measurements_are_sent_alone() -> None:

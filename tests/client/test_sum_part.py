@@ -94,8 +94,8 @@ class Led:
     async def masked(self) -> tuple[SumRoster, SumShares]:
         """Her part up to her masked result; what she was told."""
         masking = asyncio.create_task(self.part.masked())
-        self.part.hear(roster := await self.roster())
-        self.part.hear(shares := await self.shares())
+        await self.part.hear(roster := await self.roster())
+        await self.part.hear(shares := await self.shares())
         (await within(masking)).add_to(self.sent["alice"])
         return roster, shares
 
@@ -109,8 +109,8 @@ async def test_from_the_first_word_to_the_last() -> None:
     await led.masked()
     assert not np.array_equal(led.sent["alice"], led.vectors["alice"])
     revealing = asyncio.create_task(led.part.reveal())
-    led.part.hear(led.survivors())
-    led.part.hear(await led.signatures())
+    await led.part.hear(led.survivors())
+    await led.part.hear(await led.signatures())
     await asyncio.wait_for(revealing, PATIENCE_S)
     assert np.array_equal(await led.unmasked(), sum(led.vectors.values(), np.zeros(5, np.uint32)))
     assert [type(word) for word in led.said] == [SumAdvert, SumShares, SumSignature, SumRevealed]
@@ -121,9 +121,9 @@ async def test_what_is_heard_before_its_turn_waits() -> None:
     """Others may be faster: the survivors are told while this client's own result is still being answered."""
     led = Led()
     await led.masked()
-    led.part.hear(led.survivors())
+    await led.part.hear(led.survivors())
     revealing = asyncio.create_task(led.part.reveal())
-    led.part.hear(await led.signatures())
+    await led.part.hear(await led.signatures())
     await asyncio.wait_for(revealing, PATIENCE_S)
     assert isinstance(led.said[-1], SumRevealed)
 
@@ -131,19 +131,19 @@ async def test_what_is_heard_before_its_turn_waits() -> None:
 async def test_the_same_again_is_answered_by_the_last_word_again() -> None:
     led = Led()
     masking = asyncio.create_task(led.part.masked())
-    led.part.hear(roster := await led.roster())
+    await led.part.hear(roster := await led.roster())
     await led.says(2, SumShares)
-    led.part.hear(roster)
+    await led.part.hear(roster)
     again = await led.says(3, SumShares)
     assert again == led.said[1]
-    led.part.hear(shares := await led.shares())
+    await led.part.hear(shares := await led.shares())
     await within(masking)
     revealing = asyncio.create_task(led.part.reveal())
-    led.part.hear(shares)
-    led.part.hear(roster)
+    await led.part.hear(shares)
+    await led.part.hear(roster)
     assert await led.says(4, SumShares) == await led.says(5, SumShares) == again
-    led.part.hear(led.survivors())
-    led.part.hear(await led.signatures(6))
+    await led.part.hear(led.survivors())
+    await led.part.hear(await led.signatures(6))
     await asyncio.wait_for(revealing, PATIENCE_S)
     assert [type(word) for word in led.said[5:]] == [SumSignature, SumRevealed]
 
@@ -162,9 +162,9 @@ async def test_the_last_word_is_said_again_when_the_link_is_back() -> None:
 async def test_other_keys_than_before_are_a_lie() -> None:
     led = Led()
     masking = asyncio.create_task(led.part.masked())
-    led.part.hear(roster := await led.roster())
+    await led.part.hear(roster := await led.roster())
     await led.says(2, SumShares)
-    led.part.hear(replace(roster, adverts=roster.adverts[:2]))
+    await led.part.hear(replace(roster, adverts=roster.adverts[:2]))
     told = "the coordinator tells this client who takes part in the secure sum again, and not the same as before"
     with pytest.raises(Deceived, match=f"^{told}$"):
         await within(masking)
@@ -177,9 +177,9 @@ async def test_other_survivors_than_before_are_a_lie() -> None:
     led = Led()
     await led.masked()
     revealing = asyncio.create_task(led.part.reveal())
-    led.part.hear(survivors := led.survivors())
+    await led.part.hear(survivors := led.survivors())
     await led.says(3, SumSignature)
-    led.part.hear(replace(survivors, clients=NAMES[:2]))
+    await led.part.hear(replace(survivors, clients=NAMES[:2]))
     with pytest.raises(Deceived, match="tells this client who survives again, and not the same as before"):
         await asyncio.wait_for(revealing, PATIENCE_S)
     assert not any(isinstance(word, SumRevealed) for word in led.said)
@@ -195,7 +195,7 @@ async def test_other_survivors_than_before_are_a_lie() -> None:
 )
 async def test_a_step_that_is_left_out_is_a_lie(early: SumShares | SumSurvivors | SumSignatures, what: str) -> None:
     led = Led()
-    led.part.hear(early)
+    await led.part.hear(early)
     with pytest.raises(
         Deceived, match=f"^the coordinator tells this client {what}, where who takes part in the secure sum is next$"
     ):
@@ -206,7 +206,7 @@ async def test_a_step_that_is_left_out_is_a_lie(early: SumShares | SumSurvivors 
 async def test_signatures_before_survivors_are_a_lie() -> None:
     led = Led()
     await led.masked()
-    led.part.hear(SumSignatures(ID, {}))
+    await led.part.hear(SumSignatures(ID, {}))
     with pytest.raises(Deceived, match="tells this client what the others have signed, where who survives is next"):
         await led.part.reveal()
     assert len(led.said) == 2
@@ -217,28 +217,43 @@ async def test_reminders_while_it_is_busy_take_no_room_from_what_follows() -> No
     led = Led()
     _, shares = await led.masked()
     for _ in range(100):
-        led.part.hear(shares)
-    led.part.hear(led.survivors())
+        await led.part.hear(shares)
+    await led.part.hear(led.survivors())
     revealing = asyncio.create_task(led.part.reveal())
-    led.part.hear(await led.signatures(4))
+    await led.part.hear(await led.signatures(103))
     await asyncio.wait_for(revealing, PATIENCE_S)
-    assert [type(word) for word in led.said[2:]] == [SumShares, SumSignature, SumRevealed]
+    assert [type(word) for word in led.said[2:]] == [*[SumShares] * 100, SumSignature, SumRevealed]
 
 
 async def test_of_a_coordinator_that_talks_without_end_little_is_kept() -> None:
     led = Led()
     for number in range(1000):
-        led.part.hear(SumSurvivors(ID, (f"client-{number}",)))
-    assert led.part._inbox.qsize() == 16
+        await led.part.hear(SumSurvivors(ID, (f"client-{number}",)))
+    assert len(led.part._unread) == 16
     with pytest.raises(Deceived, match="where who takes part in the secure sum is next"):
         await led.part.masked()
+
+
+async def test_who_asks_again_after_the_last_word_gets_the_same_and_who_asks_anew_nothing() -> None:
+    led = Led()
+    await led.masked()
+    revealing = asyncio.create_task(led.part.reveal())
+    await led.part.hear(survivors := led.survivors())
+    await led.part.hear(signatures := await led.signatures())
+    await asyncio.wait_for(revealing, PATIENCE_S)
+    led.part.end()
+    await led.part.hear(signatures)
+    assert led.said[-1] == led.said[-2]
+    with pytest.raises(Deceived, match="who survives when it has revealed what it held, which it does once"):
+        await led.part.hear(replace(survivors, clients=NAMES[:2]))
+    assert len(led.said) == 5
 
 
 async def test_at_the_end_the_secrets_are_gone() -> None:
     led = Led()
     await led.masked()
     led.part.end()
-    led.part.hear(led.survivors())
+    await led.part.hear(led.survivors())
     with pytest.raises(Deceived, match="after its last word"):
         await led.part.reveal()
     assert len(led.said) == 2
