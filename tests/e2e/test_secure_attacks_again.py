@@ -55,8 +55,8 @@ def test_who_survives_again_after_it_has_revealed(stage: Stage) -> None:
     stage.clients[VICTIM].saw("secure sum done", round=played.number)
     about = asked_again(stage).id.removesuffix("-again")
     stage.liar.tell(VICTIM, pb.AttendResponse(sum_survivors=pb.SumSurvivors(assignment=about, clients=(ALICE, CAROL, DAVE))))
-    reason = stage.clients[VICTIM].saw("declined", error="Declined", assignment=about)["reason"]
-    assert "no keys for the secure sum any more" in reason
+    reason = stage.clients[VICTIM].saw("declined", error="Deceived", assignment=about)["reason"]
+    assert "who survives when it has revealed what it held, which it does once" in reason
     assert played.said("sum_signature").count(VICTIM) == played.said("sum_revealed").count(VICTIM) == 1
     played.sums(NAMES)
 
@@ -138,7 +138,7 @@ def guarded(stage: Stage, guard: str) -> Iterator[None]:
 
 def test_two_are_enough_only_if_both_their_owners_say_so(quick: Federation) -> None:
     sizes = {"cohort_size": 2, "quorum": 2, "start_with": 2, "max_abandoned": 1, "secure_aggregation": {"minimum_cohort": 2}}
-    told = "2 clients take part; this device asks for 3 in a secure sum at least"
+    told = "this device's guard does not allow a secure sum of 2; it allows at least 3 (min_cohort)"
     with staged(quick, (ALICE, BOB), guard="", **sizes) as stage:
         for number, (allows, declines) in enumerate([((), (ALICE, BOB)), ((ALICE,), (BOB,)), ((BOB,), ())]):
             for name in allows:
@@ -150,7 +150,7 @@ def test_two_are_enough_only_if_both_their_owners_say_so(quick: Federation) -> N
                 stage.ask()
             ended = stage.over(number)
             for name in declines:
-                assert told in stage.clients[name].saw("declined", error="Deceived", round=number)["reason"]
+                assert told in stage.clients[name].saw("declined", error="Declined", round=number)["reason"]
             if declines:
                 assert ended["event"] == "round abandoned"
                 assert told in stage.event("client declined", declines[-1], number)

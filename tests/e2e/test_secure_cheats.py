@@ -248,7 +248,7 @@ LOSS = mb.Metric(name="loss", value=1.0, examples=4)
         (sends(work=[LOSS]), "mallory tells numbers of its own beside a masked result"),
         (sends(codec=""), "mallory sends its result as float32; masked was asked for"),
         (sends(content=lambda content: content + b"!"), "mallory announces"),
-        (result_before_its_time, "no masked result of mallory is waited for"),
+        (result_before_its_time, "mallory takes no part in a secure sum now"),
     ],
 )
 def test_it_is_shut_out_and_the_others_sum_without_it(stage: Stage, cheat: Cheat, told: str) -> None:

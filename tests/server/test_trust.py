@@ -145,17 +145,17 @@ def test_an_authority_of_signing_keys_has_a_key_and_a_certificate_only(tmp_path:
 @pytest.mark.parametrize("kind", ["EC", "RSA"])
 def test_an_authority_vouches_for_a_name_and_a_key(tmp_path: Path, kind: str) -> None:
     make_voucher_authority(tmp_path)
-    authority = Authority.load(tmp_path / "ca.pem", tmp_path / "ca.key")
+    authority, now = Authority.load(tmp_path / "ca.pem", tmp_path / "ca.key"), datetime.now(UTC)
     if kind == "RSA":  # as somebody's own PKI may have
         key = rsa.generate_private_key(65537, 2048)
-        made = authority.certify(key.public_key(), "authority", "device", 3600.0, NOW)
+        made = authority.certify(key.public_key(), "authority", "device", 3600.0, now)
         authority = Authority(made, key)  # type: ignore[arg-type]
     ca = authority.certificate.public_bytes(Encoding.PEM)
     voucher = authority.vouch("alice", bytes(32))
-    check(voucher, "alice", bytes(32), ca, NOW)
+    check(voucher, "alice", bytes(32), ca, now)
     for name, signing_key in (("bob", bytes(32)), ("alice", bytes([1] * 32))):
         with pytest.raises(Deceived):
-            check(voucher, name, signing_key, ca, NOW)
+            check(voucher, name, signing_key, ca, now)
 
 
 async def test_a_coordinator_without_tls_is_not_said_to_show_a_wrong_certificate(tmp_path: Path) -> None:
