@@ -10,12 +10,11 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 import structlog
-from choral.codecs import MASKED
 from choral.errors import Deceived, UpdateRefused
 from choral.messages import Assignment, Cancel, Phase, Receipt, Status, UploadHeader, Verdict
 from choral.metrics import LOSS
-from choral.plan import Kind, digest_of, seed_for
-from choral.secagg.roster import Advert, Terms
+from choral.plan import Kind, seed_for
+from choral.secagg.roster import Advert
 from choral.sum_messages import FromSummand, SumAdvert
 
 from choral_server import cohort
@@ -23,8 +22,8 @@ from choral_server.failpoints import Transition
 from choral_server.grouped_sum import GroupedSum
 from choral_server.intake import Bounds, check_header
 from choral_server.masked_sum import MaskedSum
-from choral_server.offload import offload
 from choral_server.records import EventRecord, RunRecord
+from choral_server.round_sum import secure_groups
 from choral_server.rounds import (
     AWAITED,
     ENDED,
@@ -62,7 +61,7 @@ from choral_server.rounds import (
 )
 from choral_server.run import Run
 from choral_server.secure_groups import SecureGroups
-from choral_server.secure_sum import SecureSum, TooLate
+from choral_server.secure_sum import TooLate
 from choral_server.sessions import Sessions
 from choral_server.spool import DISK, RoundSpool
 from choral_server.standing import consequences
@@ -70,7 +69,6 @@ from choral_server.store import Store
 from choral_server.tally import Tally
 from choral_server.transfers import Transfers
 from choral_server.troubles import Troubles
-from choral_server.unmasking import Unmasking
 
 log = structlog.get_logger()
 _CORRUPT_ATTEMPTS = 5
@@ -167,45 +165,30 @@ class Collection:
         return self.round
 
     def _secure_groups(self, aggregate: MaskedSum | GroupedSum) -> SecureGroups:
-        run, round, house = self.run, self.round, self._house
-        plan, settings = run.plan(round.kind, round.goal, 0), run.settings.secure_aggregation
-        assert plan.secure is not None, "or there would be no masked sum"
-        assert settings is not None, "nor without these"
-        terms = Terms(plan.secure.run, round.number, round.parent, digest_of(plan), plan.secure.threshold)
-        sums = aggregate.sums if isinstance(aggregate, GroupedSum) else [aggregate]
-        size_bytes = run.payload_bytes(round.kind, MASKED).most
+        house, stall_s = self._house, self.run.settings.stall_s
+        return secure_groups(
+            self.run,
+            self.round,
+            aggregate,
+            house.vouch,
+            self.longest_s,
+            house.sessions.say,
+            lambda: house.transfers.advancing(stall_s),
+            lambda: self._tell(Summed()),
+            lambda reason: self._tell(Stopped(reason)),
+            self._leave_out,
+        )
 
-        def make(group: int, done: Callable[[], None], failed: Callable[[str], None]) -> SecureSum:
-            return SecureSum(
-                Unmasking(terms, house.vouch, settings.minimum_cohort),
-                round.quorum if len(sums) == 1 else settings.minimum_cohort,
-                settings.step_s,
-                self.longest_s,
-                house.sessions.say,
-                lambda: house.transfers.advancing(run.settings.stall_s),
-                lambda mask: offload(size_bytes, sums[group].unmask, mask),
-                done,
-                failed,
-            )
-
-        def summed(good: Sequence[int]) -> None:
-            if isinstance(aggregate, GroupedSum):
-                aggregate.close(good)
-            if aggregate.clipped:
-                log.warning("updates clipped", round=round.number, clients=aggregate.clipped)
-            self._tell(Summed())
-
-        def lost(clients: Sequence[str], reason: str) -> None:
-            if self.round.state is not RoundState.OPEN:
-                return  # its clients have heard that from the round's end, which it comes from
-            self._left_out |= dict.fromkeys(clients, reason)
-            for client in clients:
-                self._cancel_sum(client)
-            if len(sums) > 1:
-                self._note(EventRecord(house.clock(), "group left out", reason, round.run, round.number))
-
-        order = f"{run.settings.seed}/{round.number}/group"
-        return SecureGroups(len(sums), make, order, round.quorum, summed, lambda reason: self._tell(Stopped(reason)), lost)
+    def _leave_out(self, clients: Sequence[str], reason: str) -> None:
+        """The secure sum of these came to nothing: they wait in vain."""
+        round = self.round
+        if round.state is not RoundState.OPEN:
+            return  # they have heard that from the round's end, which it comes from
+        self._left_out |= dict.fromkeys(clients, reason)
+        for client in clients:
+            self._cancel_sum(client)
+        if isinstance(self.tally.aggregate, GroupedSum):
+            self._note(EventRecord(self._house.clock(), "group left out", reason, round.run, round.number))
 
     def _meet(self) -> None:
         """Tell those who are here of their parts; some may have come or gone while the round was stored or taken up."""
