@@ -21,13 +21,17 @@ class Diary:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lasting: dict[str, Any] = {}
+        self._newest: tuple[str, dict[str, Any]] = "starting", {}
 
     def remember(self, **details: Any) -> None:
-        """What each note tells from now on, until the client ends."""
+        """What each note tells from now on, until the client ends; the newest one at once."""
         self._lasting |= details
+        doing, known = self._newest
+        self.write(doing, **known)
 
     def write(self, doing: str, **details: Any) -> None:
         """Note what the client does now; `details` are for people. A disk that is full ends nothing but the notes."""
+        self._newest = doing, details
         aside = self._folder / f".{_NAME}.part"
         try:
             aside.write_text(json.dumps({"doing": doing, "at": time.time(), **self._lasting, **details}), encoding="utf-8")
