@@ -317,6 +317,34 @@ async def test_bf16_is_fetched_expanded_and_known_again(tmp_path: Path) -> None:
     assert await read(expecting(source, tmp_path), version(AFTER)) == AFTER  # where it is not to be had rounded any more
 
 
+async def exactly(models: ModelFile, wanted: VersionRef) -> bytes:
+    with await models.obtain(wanted, exactly=True) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+async def test_where_the_digest_is_signed_nothing_rounded_will_do_also_if_it_is_here(tmp_path: Path, restarted: bool) -> None:
+    """A coordinator could give each client another rounded form, and all would sign the digest of the same version."""
+    source, wanted = Forms(bf16=HALVED), replace(version(AFTER), forms=(BF16_FORM,))
+    assert await exactly(expecting(source, tmp_path), wanted) == AFTER
+    assert source.asked == [""]
+    (tmp_path / "model.safetensors").unlink()
+    models = expecting(source, tmp_path)
+    assert await read(models, wanted) == ROUNDED
+    models = expecting(source, tmp_path) if restarted else models
+    assert await exactly(models, wanted) == AFTER
+    assert await exactly(models, wanted) == AFTER
+    assert source.asked == ["", "bf16", ""]
+
+
+async def test_a_delta_that_makes_the_very_version_will_do(tmp_path: Path) -> None:
+    source = Forms(delta=DELTA)
+    models, wanted = expecting(source, tmp_path), replace(version(AFTER, 4), forms=(DELTA_FORM,))
+    await models.obtain(version(BEFORE))
+    assert await exactly(models, wanted) == AFTER
+    assert source.asked == ["", "delta"]
+
+
 @pytest.mark.parametrize("restarted", [True, False])
 async def test_a_delta_is_fetched_by_who_has_its_base(tmp_path: Path, restarted: bool) -> None:
     source = Forms(delta=DELTA)

@@ -88,3 +88,47 @@ def moved(folder: Path, zygote: Zygote, shards: dict[str, list[tuple[float, floa
             everyone.append(federation.client(name, federation.write_shard(name, rows)))
         assert [process.code() for process in everyone] == [0] * 7
         return load_file(federation.versions / "latest.safetensors")
+
+
+RAISING_TASK = """
+from dataclasses import replace
+import small
+
+
+def loss(prediction, target):
+    if (target > 100).any():
+        raise ValueError(f"a price of {target.max().item():g} is too high")
+    return small.task.loss(prediction, target)
+
+
+task = replace(small.task, name="raising", loss=loss)
+"""
+
+
+def test_why_work_fails_is_said_to_nobody_else(federation: Federation) -> None:
+    """Who chooses the model, or knows the task, could read the data out of it."""
+    task = federation.write_task(RAISING_TASK, "raising")
+    run = {"rounds": 1, "cohort_size": 4, "quorum": 3, "start_with": 4, "secure_aggregation": True}
+    coordinator = federation.coordinator(task=task, run=run, evaluation={"clients": False})
+    for name in ("alice", "bob", "carol"):
+        federation.client(name, task=task)
+    dave = federation.client("dave", federation.write_shard("dave", [(1, 2, 12345), (2, 1, 3)]), task)
+    assert "a price of 12345 is too high" in dave.saw("work failed")["reason"]
+    assert coordinator.saw("client declines", client="dave")["reason"].startswith(
+        "the work failed on this device, whose log says why"
+    )
+    assert coordinator.code() == 0
+    assert "12345" not in coordinator.stderr
+
+
+def test_an_update_that_is_no_number_adds_nothing_and_nobody_is_told(federation: Federation) -> None:
+    run = {"rounds": 1, "cohort_size": 3, "secure_aggregation": True}
+    coordinator = federation.coordinator(run=run, evaluation={"clients": False})
+    for name in ("alice", "bob"):
+        federation.client(name)
+    carol = federation.client("carol", federation.write_shard("carol", [(1e30, 1e30, 1e30), (-1e30, 1e30, 1e30)]))
+    carol.saw("nothing is added to the sum")
+    assert coordinator.code() == 0
+    assert not coordinator.events("client declines")
+    coordinator.saw("updates clipped", clients=1)
+    assert all(np.isfinite(weights).all() for weights in load_file(federation.versions / "latest.safetensors").values())
