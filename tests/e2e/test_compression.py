@@ -56,7 +56,7 @@ def test_each_client_is_asked_for_what_it_can(quick: Federation, name: str, payl
 
 
 def test_what_was_not_asked_for_is_refused(quick: Federation) -> None:
-    run = {"rounds": 1, "cohort_size": 2, "compression": {"upload": "int8"}}
+    run = {"rounds": 1, "cohort_size": 2, "quorum": 1, "start_with": 2, "compression": {"upload": "int8"}}
     quick.coordinator(run=run, evaluation={"clients": False}, exit_when_done=False)
     with Scripted(quick, hello("bob", codecs=["int8"])) as bob, Scripted(quick, hello("carol", codecs=["int8"])) as carol:
         to_bob, to_carol = bob.hear("assignment"), carol.hear("assignment")
