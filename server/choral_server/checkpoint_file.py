@@ -10,7 +10,10 @@ import json
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from safetensors import safe_open
 
 BLOCK = 1 << 18  # elements worked on at a time: the temporaries stay in the cache
 _METADATA, _ALIGNMENT = "__metadata__", 8
+_FEW = 4  # pieces that are not worth a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,8 @@ class CheckpointFile:
         One key of metadata at most: safetensors writes several in random order.
         """
         digest, offset = hashlib.sha256(), 0
-        with Steadily(path) as file:
-            for piece in self._all_of(metadata, changed):
+        with Steadily(path) as file, _ahead(self._all_of(metadata, changed)) as pieces:
+            for piece in pieces:
                 file.write(piece, offset)
                 digest.update(piece)
                 offset += len(piece)
@@ -89,6 +93,20 @@ class CheckpointFile:
         if len(piece) < length:
             raise OSError(f"a checkpoint has {len(piece)} bytes at {offset} where {length} are expected: it was cut short")
         return piece
+
+
+@contextmanager
+def _ahead(pieces: Iterator[Buffer]) -> Iterator[Iterator[Buffer]]:
+    """The same pieces; while one is worked on, another thread makes the next. The first few are made here."""
+
+    def made() -> Iterator[Buffer]:
+        coming = worker.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = worker.submit(next, pieces, None)
+            yield piece
+
+    with ThreadPoolExecutor(1) as worker:  # starts its thread when there is work for it
+        yield chain(islice(pieces, _FEW), made())
 
 
 def header(tensors: Mapping[str, Any]) -> bytes:

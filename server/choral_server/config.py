@@ -293,7 +293,7 @@ class ServerConfig(Settings):
     """seconds after which another coordinator may take over the database from one that is silent"""
     artifacts: str | None = None
     """URL of the object store for versions, s3://bucket/prefix; the state folder, if not given"""
-    spool_bytes: Annotated[int, Field(ge=0)] = 2**30
+    spool_bytes: Annotated[int, Field(ge=0)] = 2**32
     """bytes of updates kept on disk after they were added, before the sum itself is written and they are deleted"""
     task: str
     """module:attribute of the task"""

@@ -57,7 +57,7 @@ def test_defaults() -> None:
     assert (run.cap, run.max_abandoned, run.retry_s, run.keep_versions, run.start_with) == (2**20, 10, 1.0, None, None)
     assert (run.schedule, run.objective, run.strategy) == (Schedule(), Objective(), ServerOptimizer())
     assert (run.extension_s, run.stall_s, run.absence_s, run.quarantine_after, run.max_update_norm) == (None, 30.0, 10.0, 3, None)
-    assert (config.database, config.lease_s, config.artifacts, config.spool_bytes) == (None, 30.0, None, 2**30)
+    assert (config.database, config.lease_s, config.artifacts, config.spool_bytes) == (None, 30.0, None, 2**32)
     assert config.admin_socket == Path("state/admin.sock")
 
 
