@@ -100,8 +100,8 @@ class Guard(Settings):
     """take part only where the coordinator sees nothing but the sum over a cohort: of updates, of statistics, and of measurements
     too, for a loss is computed from the examples, and who may choose the model that is measured can read them out of it"""
     max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """most privacy that may be lost, as ε of differential privacy; this release adds no noise yet, so no ε holds and every plan
-    is declined, measurements too, whatever the coordinator says"""
+    """most privacy that may be lost, as ε of differential privacy; a device of this release adds no noise of its own, and that of
+    the coordinator is its word: every plan is declined, measurements too"""
     clients: dict[Annotated[str, Field(pattern=NAME)], Annotated[str, PlainValidator(_fingerprint)]] | None = None
     """who else may take part in a secure sum with this device: the name of each, with the fingerprint of its signing key, which
     `choral client fingerprint` prints on its device; nobody else is accepted, and none of these with another key, whatever an
@@ -148,8 +148,8 @@ class Guard(Settings):
             )
         if self.max_epsilon is not None:
             raise Declined(
-                f"this device's guard requires differential privacy (max_epsilon: {self.max_epsilon:g}), "
-                "which this release of Choral does not have yet"
+                f"this device's guard bounds the privacy that may be lost (max_epsilon: {self.max_epsilon:g}); this release adds "
+                "no noise on the device, and noise that the coordinator adds is the coordinator's word"
             )
         self.check_conditions(now, address)
 

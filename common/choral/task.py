@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,8 @@ class Task:
     `torch.utils.data.Dataset` (a TensorDataset trains fastest). `loss(prediction, y)` is the mean over the batch. Each metric
     is a function (prediction, y) -> number over all examples measured. `training` holds the defaults that a coordinator's
     configuration may override. `optimizer(parameters, learning_rate)` is made anew in each round; it is any of torch.optim, or
-    whatever has its `zero_grad()` and `step()`.
+    whatever has its `zero_grad()` and `step()`. `ranges` are the smallest and largest value that each feature can have, known
+    without looking at any example; differential privacy needs them if the model has a Standardize layer.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Task:
     training: Training = Training()
     optimizer: Callable[[Iterable[nn.Parameter], float], Optimizer] = Descent
     version: str = "1"
+    ranges: Sequence[tuple[float, float]] | None = None
 
     def initial_model(self, seed: int) -> nn.Module:
         """The model with its initial weights, a function of `seed`. Raises TaskError: the task's code raised."""

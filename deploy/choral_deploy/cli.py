@@ -11,6 +11,7 @@ import typer
 from choral import __version__
 from choral.errors import ChoralError
 
+from choral_deploy import privacy_commands
 from choral_deploy.ending import leave
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it would print, our own 
 has_server = find_spec("choral_server") is not None
 has_client = find_spec("choral_client") is not None
 
+app.add_typer(privacy_commands.app, name="privacy")
 if has_server:
     from choral_deploy import (
         audit_commands,
@@ -42,6 +44,8 @@ if has_server:
     operator_commands.add_to(app)
     app.add_typer(audit_commands.app, name="audit")
     app.add_typer(authority_commands.app, name="authority")
+    privacy_commands.app.command()(privacy_commands.audit)
+    privacy_commands.app.command()(privacy_commands.show)
     app.command()(doctor_command.doctor)
     app.command()(backup_commands.backup)
     app.command()(backup_commands.restore)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -33,6 +34,7 @@ METRIC = "mse"
 _MARK = ".choral-demo"
 _CLI = "choral_deploy.cli"
 _TRAINING = KINDS[Kind.TRAINING]
+DELTA, CLIP = 1e-5, 0.5
 _NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy")
 
 
@@ -44,6 +46,8 @@ class Observed:
     round_s: list[float] = field(default_factory=list)
     first_version: int | None = None
     outcome: pb.Run | None = None
+    epsilon: dict[int, float] = field(default_factory=dict)
+    """what was spent when a round opened, by round"""
 
     def take(self, change: pb.WatchResponse) -> None:
         """Note one change."""
@@ -56,8 +60,19 @@ class Observed:
                 if change.round.duration_s > 0 and (change.round.kind, change.round.state) == (_TRAINING, pb.ROUND_STATE_DONE):
                     self.round_s.append(change.round.duration_s)
                     self.first_version = change.round.version if self.first_version is None else self.first_version
+            case "spending" if change.spending.state == "spent" and change.spending.kind == _TRAINING:
+                self.epsilon[change.spending.round] = change.spending.epsilon_models
             case "run":
                 self.outcome = change.run
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How the clients are protected: by sums alone, or by noise for a budget."""
+
+    secure: bool = False
+    dp_epsilon: float | None = None
+    noise: float | None = None
 
 
 def names(count: int) -> list[str]:
@@ -65,17 +80,24 @@ def names(count: int) -> list[str]:
     return [*_NAMES[:count], *(f"client-{number}" for number in range(len(_NAMES) + 1, count + 1))]
 
 
-async def run(rounds: int, clients: Sequence[str], seed: int, out: Path, secure: bool = False) -> Report:
-    """Train, compare, and leave all of it in `out`; `secure`: the coordinator sees sums alone.
+async def run(
+    rounds: int, clients: Sequence[str], seed: int, out: Path, secure: bool = False, dp_epsilon: float | None = None
+) -> Report:
+    """Train, compare, and leave all of it in `out`; `secure`: the coordinator sees sums alone; `dp_epsilon`: at this price.
 
-    Raises ConfigError: `out` is somebody else's, or one client alone is to be hidden; ChoralError: a process failed.
+    Raises ConfigError: `out` is somebody else's, one client alone is to be hidden, or so much privacy cannot be kept;
+    ChoralError: a process failed.
     """
     began = time.monotonic()
     if secure and len(clients) < 2:
         raise ConfigError(f"--clients {len(clients)} --secure: the sum of one client is its own update: give 3 or more")
+    if secure and dp_epsilon is not None:
+        raise ConfigError("--secure contradicts --dp-epsilon in this release: take one of the two")
+    private = _privacy(rounds, len(clients), dp_epsilon) if dp_epsilon is not None else {}
     _prepare(out)
     shards = deal("boston_housing", clients, out, seed)
-    config = _configure(out, rounds, len(clients), seed, shards["test"], secure)
+    special = private | ({"secure_aggregation": {"minimum_cohort": len(clients)}} if secure else {})
+    config = _configure(out, rounds, len(clients), seed, shards["test"], special)
     if secure:
         _guard([shards[client].parent / "state" for client in clients])
     observed = Observed()
@@ -86,7 +108,8 @@ async def run(rounds: int, clients: Sequence[str], seed: int, out: Path, secure:
             federated_s = time.monotonic() - began
             display.say("for comparison: each device alone, and all data pooled")
             alone, pooled = await _compare(children, out, shards, clients, rounds, seed)
-    return _report(observed, out, clients, seed, secure, alone, pooled, federated_s, began)
+    terms = Terms(secure, dp_epsilon, private["privacy"]["noise"] if private else None)
+    return _report(observed, out, clients, seed, terms, alone, pooled, federated_s, began)
 
 
 def _prepare(out: Path) -> None:
@@ -110,7 +133,17 @@ def _guard(states: Sequence[Path]) -> None:
         (state / "guard.yaml").write_text(yaml.safe_dump(guard, sort_keys=False), encoding="utf-8")
 
 
-def _configure(out: Path, rounds: int, clients: int, seed: int, test_set: Path, secure: bool) -> Path:
+def _privacy(rounds: int, clients: int, epsilon: float) -> dict[str, Any]:
+    """As much noise as the budget asks for: everybody takes part in each round, and in one more that measures the features."""
+    if not 0 < epsilon < float("inf"):
+        raise ConfigError(f"--dp-epsilon {epsilon:g}: give a number above 0")
+    from choral.privacy.accounting import Release, noise_for
+
+    noise = noise_for(epsilon, DELTA, lambda noise: {Release(noise, expected=clients, population=clients): rounds + 1})
+    return {"privacy": {"epsilon": epsilon, "delta": DELTA, "noise": noise, "clip": CLIP}}
+
+
+def _configure(out: Path, rounds: int, clients: int, seed: int, test_set: Path, special: dict[str, Any]) -> Path:
     home = out / "coordinator"
     make_authority(home, ["localhost", "127.0.0.1"])
     test_set.rename(home / "test.csv")
@@ -119,9 +152,8 @@ def _configure(out: Path, rounds: int, clients: int, seed: int, test_set: Path, 
         "tls": {"certificate": "server.pem", "key": "server.key", "ca": "ca.pem", "ca_key": "ca.key"},
         "state": "state",
         "task": TASK,
-        "run": {"name": "boston", "rounds": rounds, "seed": seed, "cohort_size": clients, "deadline_s": 120}
-        | ({"secure_aggregation": {"minimum_cohort": clients}} if secure else {}),
-        "evaluation": {"test_set": "test.csv"},
+        "run": {"name": "boston", "rounds": rounds, "seed": seed, "cohort_size": clients, "deadline_s": 120} | special,
+        "evaluation": {"test_set": "test.csv"} | ({"clients": False} if "privacy" in special else {}),
         "exit_when_done": True,
     }
     path = home / "choral.yaml"
@@ -220,7 +252,7 @@ def _report(
     out: Path,
     clients: Sequence[str],
     seed: int,
-    secure: bool,
+    terms: Terms,
     alone: dict[str, float],
     pooled: float,
     federated_s: float,
@@ -245,7 +277,11 @@ def _report(
         checkpoint=str(checkpoint),
         plot=str(out / "plot.png"),
         history=history,
-        secure=secure,
+        secure=terms.secure,
+        dp_budget=terms.dp_epsilon,
+        dp_delta=DELTA if terms.dp_epsilon is not None else None,
+        dp_noise=terms.noise,
+        epsilon=[observed.epsilon[round] for round in sorted(observed.epsilon)],
     )
     report.draw(out / "plot.png")
     (out / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")

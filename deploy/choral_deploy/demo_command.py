@@ -23,6 +23,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the shards, the initial weights and the shuffling.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the model, the plot, the report and the logs.")] = Path("choral-demo"),
     secure: Annotated[bool, typer.Option("--secure", help="Secure aggregation: the coordinator sees sums alone.")] = False,
+    dp_epsilon: Annotated[
+        float | None, typer.Option(help="Differential privacy: the ε that all rounds together may cost, at δ = 1e-5.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on the last line.")] = False,
 ) -> None:
     """Train Boston housing on this machine: a coordinator and clients, each a process with its own shard, over TLS."""
@@ -34,7 +37,7 @@ def demo(
     from choral_deploy.demo import names, run
 
     try:
-        report = asyncio.run(_ending_on_signals(run(rounds, names(clients), seed, out, secure)))
+        report = asyncio.run(_ending_on_signals(run(rounds, names(clients), seed, out, secure, dp_epsilon)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         typer.echo("choral: interrupted; every process of the demo has ended", err=True)
         raise typer.Exit(130) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +12,10 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a demo. `…_mse` are means of squared errors on the test set, `…_s` seconds; `history` is test_mse by round."""
+    """The result of a demo. `…_mse` are means of squared errors on the test set, `…_s` seconds; `history` is test_mse by round.
+
+    With differential privacy `epsilon` is what was spent by round, of `dp_budget`; `dp_noise` in what one client can move.
+    """
 
     rounds: int
     clients: list[str]
@@ -29,6 +32,10 @@ class Report:
     plot: str
     history: list[float]
     secure: bool = False
+    dp_budget: float | None = None
+    dp_delta: float | None = None
+    dp_noise: float | None = None
+    epsilon: list[float] = field(default_factory=list)
 
     def to_json(self) -> str:
         """One line."""
@@ -51,6 +58,8 @@ class Report:
         )
         if self.secure:
             console.print(self._hidden(), soft_wrap=True, highlight=False)
+        if self.dp_budget is not None:
+            console.print(self._private(), soft_wrap=True, highlight=False)
         console.print(f"model   {self.checkpoint}\nplot    {self.plot}", soft_wrap=True, highlight=False)
 
     def _hidden(self) -> str:
@@ -62,6 +71,21 @@ class Report:
             two = "With two clients each of them can take its own part off the sum, and has the other's: use 3 or more."
             return f"{seen}\n[yellow]{two}"
         return seen
+
+    def _private(self) -> str:
+        """What is promised, and what it costs with so few clients."""
+        assert self.dp_noise is not None, "it goes with the budget"
+        spent = self.epsilon[-1] if self.epsilon else 0.0
+        clients, share = len(self.clients), self.dp_noise / len(self.clients)
+        promise = (
+            f"Differential privacy: ε = {spent:.3g} of {self.dp_budget:g} spent at δ = {self.dp_delta:g}, for each client with "
+            "all its homes, towards whoever gets the models. The coordinator is trusted: it sees the updates."
+        )
+        cost = (
+            f"What it costs: each number of the model gets, in each round, noise of {share:.2g} times the longest update, over "
+            f"{clients} clients; with ten times as many it would be a tenth."
+        )
+        return f"{promise}\n[yellow]{cost}"
 
     def draw(self, path: Path) -> None:
         """Save the plot as PNG."""
@@ -83,6 +107,11 @@ class Report:
         axes.set_title("Together, without showing their data")
         axes.grid(alpha=0.25)
         axes.legend(loc="upper right", ncols=2)
+        if self.epsilon:
+            spent = axes.twinx()
+            spent.plot(range(1, len(self.epsilon) + 1), self.epsilon, color="#762a83", linewidth=1.4, label="ε spent")
+            spent.set(ylabel=f"ε spent, at δ = {self.dp_delta:g}", ylim=(0, 1.05 * max(*self.epsilon, self.dp_budget or 0.0)))
+            spent.legend(loc="lower right")
         figure.savefig(path, dpi=130)
 
 

@@ -54,6 +54,7 @@ NEEDS: Mapping[str, frozenset[Role]] = {
     "/choral.v1.Admin/ListClients": THOSE_WHO_LOOK,
     "/choral.v1.Admin/ListVersions": THOSE_WHO_LOOK,
     "/choral.v1.Admin/ListEvents": THOSE_WHO_LOOK,
+    "/choral.v1.Admin/ListSpendings": THOSE_WHO_LOOK,
     "/choral.v1.Admin/ListMembers": THOSE_WHO_LOOK,
     "/choral.v1.Admin/Diagnose": THOSE_WHO_LOOK,
     "/choral.v1.Admin/Watch": THOSE_WHO_LOOK,

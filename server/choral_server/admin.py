@@ -111,6 +111,20 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         findings = diagnose(self._coordinator.condition())
         return pb.DiagnoseResponse(moving=moving(findings), findings=map(messages.finding, findings))
 
+    async def ListSpendings(self, request: pb.ListSpendingsRequest, context: Context) -> pb.ListSpendingsResponse:
+        """What was spent of the privacy budget, and what is left."""
+        if request.run:
+            await self._named(request.run, context)
+        of_client = await self._done(context, self._store.spent_by(request.client)) if request.client else None
+        all_of_it = of_client if of_client is not None else self._store.spendings.values()
+        newest = [one for one in all_of_it if request.run in ("", one.run)][::-1][: request.limit or _DEFAULT_LIMIT]
+        answer = pb.ListSpendingsResponse(spendings=map(messages.spending, newest))
+        if (ledger := self._coordinator.run.ledger) is not None:
+            answer.budget.CopyFrom(messages.budget(await self._done(context, asyncio.to_thread(ledger.left))))
+            if of_client is not None:
+                answer.epsilon_client = await self._done(context, asyncio.to_thread(ledger.cost, of_client))
+        return answer
+
     async def IssueToken(self, request: pb.IssueTokenRequest, context: Context) -> pb.IssueTokenResponse:
         """A token with which somebody enrols."""
         roles = {role.value: role for role in Role}

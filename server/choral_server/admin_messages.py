@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import datetime
 
 from choral import wire
@@ -9,7 +10,17 @@ from choral.v1 import admin_pb2 as pb
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from choral_server.diagnosis import Finding
-from choral_server.records import ClientRecord, EventRecord, MemberRecord, RunRecord, RunState, Told, VersionRecord
+from choral_server.ledger import Left
+from choral_server.records import (
+    ClientRecord,
+    EventRecord,
+    MemberRecord,
+    RunRecord,
+    RunState,
+    SpendingRecord,
+    Told,
+    VersionRecord,
+)
 from choral_server.rounds import Part, Round, RoundState
 
 _RUN_STATES = {
@@ -43,6 +54,8 @@ def change(record: Told) -> pb.WatchResponse:
             return pb.WatchResponse(event=event(record))
         case MemberRecord():
             return pb.WatchResponse(member=member(record))
+        case SpendingRecord():
+            return pb.WatchResponse(spending=spending(record))
 
 
 def run(record: RunRecord) -> pb.Run:
@@ -145,6 +158,32 @@ def member(record: MemberRecord) -> pb.Member:
         revoked_at=timestamp(record.revoked_at),
         reason=record.reason,
     )
+
+
+def spending(record: SpendingRecord) -> pb.Spending:
+    """To protobuf."""
+    release = record.release
+    return pb.Spending(
+        run=record.run,
+        round=record.round,
+        kind=wire.KINDS[record.kind],
+        at=timestamp(record.at),
+        noise=release.noise,
+        clip=record.clip,
+        sampling=release.sampling.value,
+        expected=release.expected,
+        population=release.population,
+        delta=record.delta,
+        epsilon_models=record.epsilon_models,
+        epsilon_coordinator=record.epsilon_coordinator,
+        state=record.state.value,
+        next_clip=record.next_clip,
+    )
+
+
+def budget(left: Left) -> pb.Budget:
+    """To protobuf."""
+    return pb.Budget(**asdict(left))
 
 
 def finding(found: Finding) -> pb.Finding:

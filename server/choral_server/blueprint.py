@@ -13,7 +13,7 @@ from choral.plan import Training
 class Blueprint:
     """A task and its model: name, version, names of the metrics, defaults of training, and the tensors.
 
-    `keep` are the features that the model's Standardize layer, if it has one, passes unchanged.
+    `keep` are the features that the model's Standardize layer, if it has one, passes unchanged; `ranges` what each feature can be.
     """
 
     task: str
@@ -22,6 +22,7 @@ class Blueprint:
     training: Training
     manifest: Manifest
     keep: tuple[int, ...] = ()
+    ranges: tuple[tuple[float, float], ...] | None = None
 
     @property
     def statistics(self) -> tuple[Entry, Entry] | None:
@@ -39,6 +40,7 @@ class Blueprint:
             "training": self.training.model_dump(),
             "manifest": entries,
             "keep": self.keep,
+            "ranges": self.ranges,
         }
 
     @classmethod
@@ -52,4 +54,5 @@ class Blueprint:
             training=Training(**told["training"]),
             manifest=Manifest(tuple(Entry(**entry) for entry in entries)),
             keep=tuple(told["keep"]),
+            ranges=tuple((low, high) for low, high in told["ranges"]) if told["ranges"] is not None else None,
         )

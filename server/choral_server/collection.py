@@ -106,7 +106,7 @@ class Collection:
         self.run = run
         self.round = round
         self.spool = spool
-        aggregate, size_bytes = run.aggregate(round.kind, round.goal), run.payload_bytes(round.kind, "").most
+        aggregate, size_bytes = run.aggregate(round), run.payload_bytes(round.kind, "").most
         self.tally = Tally(aggregate, spool, size_bytes, house.spool_bytes, house.troubles)
         self._house = house
         self._sum = self._secure_groups(aggregate) if isinstance(aggregate, MaskedSum | GroupedSum) else None
@@ -220,7 +220,7 @@ class Collection:
             at = Transition.PARTS_CHANGED if after.state is RoundState.OPEN else Transition.ROUND_CLOSED
             async with house.judging:
                 others = consequences(after, ended, house.store.clients, self.run.settings.quarantine_after, house.clock())
-                await house.store.commit(after, *others, at=at)
+                await house.store.commit(after, *others, *self.run.returned(after), at=at)
         else:
             house.store.tell(after)
         self.round = after
@@ -340,6 +340,7 @@ class Collection:
         settings = self.run.settings
         if (
             round.kind is not Kind.TRAINING
+            or settings.privacy is not None  # what is counted is true of those who were drawn
             or round.state is not RoundState.OPEN
             or round.summing
             or self.elapsed_s > settings.deadline_s / 2
@@ -368,6 +369,10 @@ class Collection:
                     self._sum.lost(client)
 
         self._away[client] = asyncio.get_running_loop().call_later(self.run.settings.absence_s, overdue)
+
+    def close_empty(self) -> None:
+        """Nobody was drawn: that is a result like any other."""
+        self._tell(DeadlinePassed(0.0, frozenset()))
 
     def _tell(self, event: Event) -> None:
         """Something happened; nobody minds once the round has closed."""

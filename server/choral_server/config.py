@@ -15,6 +15,7 @@ from choral.wire import CHUNK_BYTES, MESSAGE_BYTES
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from choral_server.objective import Objective
+from choral_server.privacy import Privacy
 from choral_server.schedule import Schedule
 from choral_server.secure_aggregation import SecureAggregation, switched
 from choral_server.strategies import ServerOptimizer
@@ -225,12 +226,17 @@ class RunSettings(Settings):
     secure_aggregation: Annotated[SecureAggregation | None, BeforeValidator(switched)] = None
     """sum results so that the coordinator sees nothing but the sum: true, or what is to differ from the defaults; false or nothing
     given, each is sent as it is"""
+    privacy: Privacy | None = None
+    """clip updates, add noise to their sum, and keep within a budget; needs the extra choral[privacy]; none of it, if not
+    given"""
 
     @property
     def cap(self) -> int:
         """The weight cap in force."""
         if self.weight_cap is not None:
             return self.weight_cap
+        if self.privacy is not None:
+            return 1
         return _WEIGHT_CAP if self.secure_aggregation is None else _SECURE_WEIGHT_CAP
 
     @property
@@ -247,6 +253,8 @@ class RunSettings(Settings):
                 "max_update_norm contradicts compression.upload: topk, whose updates carry what earlier ones left out, too, and "
                 "may be longer than any that was trained: remove max_update_norm, or take upload: int8"
             )
+        if self.privacy is not None:
+            self.privacy.must_suit(self.weight_cap, self.over_selection, self.secure_aggregation is not None)
         if (secure := self.secure_aggregation) is not None:
             if self.compression.codec is not FLOAT32:
                 raise ValueError(
@@ -335,6 +343,14 @@ class ServerConfig(Settings):
             raise ValueError("run.objective.on is clients, but evaluation.clients is false: change one of them")
         if objective.patience_rounds is not None and self.evaluation.test_set is None and not self.evaluation.clients:
             raise ValueError("run.objective.patience_rounds needs a measurement: give evaluation.test_set or evaluation.clients")
+        private = self.run.privacy
+        if private is not None and self.evaluation.clients and private.metrics is None:
+            raise ValueError(
+                "evaluation.clients with run.privacy: what clients measure tells of their data, too: give run.privacy.metrics, the "
+                "range of each metric, and it gets noise; or evaluation.clients: false"
+            )
+        if private is not None and not self.evaluation.clients and private.metrics is not None:
+            raise ValueError("run.privacy.metrics is for what clients measure, and evaluation.clients is false: remove one of them")
         return self
 
     @property

@@ -12,9 +12,11 @@ import structlog
 from choral.errors import ConfigError, UnknownVersion, WrongState
 from choral.messages import ComeBack
 from choral.plan import Kind
+from choral.privacy.accounting import Sampling
 
 from choral_server import cohort, disk
 from choral_server.attendance import Attendance
+from choral_server.cohort import Draw
 from choral_server.collection import Collection, House, assignment_id
 from choral_server.config import Limits
 from choral_server.database import SUBJECT as DATABASE
@@ -24,7 +26,7 @@ from choral_server.herald import Herald
 from choral_server.pace import Rhythm
 from choral_server.patience import patiently
 from choral_server.places import Places
-from choral_server.records import EventRecord, RunState
+from choral_server.records import EventRecord, RunState, SpendingRecord
 from choral_server.rounds import OPEN_PARTS, Part, Parts, PartState, Round, RoundState, discarded
 from choral_server.run import ARTIFACTS, Run
 from choral_server.schedule import next_due
@@ -36,6 +38,7 @@ log = structlog.get_logger()
 RESTART_S = 2.0  # when clients come back after a coordinator that was told to end
 _LATELY = 3  # rounds
 _ANEW = "the coordinator was started again, and of a secure sum nothing is kept: the round is done anew, with other keys"
+_OTHERWISE = "the coordinator was started with another run.privacy than the round was opened with"
 _STANDSTILL_S = 60.0  # when clients for which there is no place look again while no round will open by itself
 _LOOK_AGAIN_S = 2.0  # how often a full disk is looked at
 
@@ -87,8 +90,8 @@ class Coordinator:
                 await self._roll_back(run, run.record.back_to)
             elif (kind := run.next_kind()) is None:
                 break
-            elif await self._due(kind):
-                await self._count_abandoned(run, await self.run_round(run, await self._open(run, kind)))
+            elif await self._due(kind) and (collection := await self._open(run, kind)) is not None:
+                await self._count_abandoned(run, await self.run_round(run, collection))
         if self._goes_on(run):
             await run.save(at=Transition.RUN_OVER, state=RunState.FINISHED, reason=run.outcome(), next_round_at=None)
         if not run.active:
@@ -119,6 +122,8 @@ class Coordinator:
             await self._give_up(run, unfinished, run.record.reason)
         elif unfinished.masked or run.settings.secure_aggregation is not None:
             await self._give_up(run, unfinished, _ANEW)
+        elif (run.settings.privacy is None) != (run.spending(unfinished) is None):
+            await self._give_up(run, unfinished, _OTHERWISE)
         else:
             log.info("round taken up", run=run.record.name, round=unfinished.number, state=unfinished.state.value)
             await run.save(state=RunState.IN_ROUND, reason="")
@@ -227,7 +232,9 @@ class Coordinator:
 
     async def _closed(self, run: Run, collection: Collection) -> Round:
         """The round once it is over, and what it gives published."""
-        if not collection.round.parts:
+        if not collection.round.parts and collection.round.quorum == 0:
+            collection.close_empty()
+        elif not collection.round.parts:
             collection.stop("nobody attends")
         elif not run.active:  # said by an operator while it was opened
             collection.stop(run.record.reason)
@@ -240,9 +247,10 @@ class Coordinator:
             closed = await run.settle(collection.timed(), collection.tally.aggregate, self._house.clock())
         return closed
 
-    async def _open(self, run: Run, kind: Kind) -> Collection:
-        """Choose the cohort and store the round, before anyone hears of it."""
+    async def _open(self, run: Run, kind: Kind) -> Collection | None:
+        """Choose the cohort and store the round, before anyone hears of it; None: it would cost more privacy than there is left."""
         settings, record = run.settings, run.record
+        spending: SpendingRecord | None = None
         number, present, goal, quorum = record.next_round, self._house.eligible(), settings.cohort_size, settings.needed
         if kind is Kind.TRAINING:
             size = cohort.selected(settings.cohort_size, settings.over_selection)
@@ -254,6 +262,17 @@ class Coordinator:
                 size = goal = min(goal, secure.largest_cohort)
                 quorum = max(quorum, secure.minimum_cohort)
         chosen = cohort.choose(settings.seed, number, present, size)
+        if (private := settings.privacy) is not None:
+            draw = Draw(chosen, len(chosen), len(present))
+            if kind is Kind.TRAINING and private.drawn_by is not Sampling.NONE:
+                draw = cohort.drawn(private.drawn_by, present, size)
+                chosen = draw.clients
+            if private.drawn_by is Sampling.POISSON:  # however many it is, it goes on with those who answer
+                quorum = min(settings.quorum or 1, len(chosen))
+            goal = len(chosen)
+            spending = await self._within_budget(run, kind, draw)
+            if spending is None:
+                return None
         offered = self._house.sessions.codecs
         parts = Parts(Part(assignment_id(record, number, name), name, codec=run.codec(kind, offered(name))) for name in chosen)
         opened = Round(
@@ -268,9 +287,21 @@ class Coordinator:
             plan=run.plan_digest(kind, min(goal, len(parts))),
             parent=run.version.digest,
         )
-        await run.open(opened)
+        await run.open(opened, spending)
         self._count_turn(opened.opened_at)
         return self._collection(run, opened)
+
+    async def _within_budget(self, run: Run, kind: Kind, draw: Draw) -> SpendingRecord | None:
+        """What a round costs in privacy; None: more than there is left, and the run is over."""
+        spending = await run.price(kind, draw, self._house.clock())
+        assert spending is not None, "it is private"
+        assert run.ledger is not None, "it is private"
+        if (reason := run.ledger.overspent(spending)) is None:
+            return spending
+        log.warning("privacy budget spent", run=run.record.name, reason=reason)
+        event = EventRecord(self._house.clock(), "privacy budget spent", reason, run.record.name)
+        await run.save(at=Transition.RUN_OVER, others=(event,), state=RunState.FINISHED, reason=reason, next_round_at=None)
+        return None
 
     def _count_turn(self, opened_at: datetime) -> None:
         self.places.opened(opened_at)
@@ -302,7 +333,7 @@ class Coordinator:
     async def _give_up(self, run: Run, unfinished: Round, reason: str) -> Round:
         given_up = discarded(unfinished, reason)
         others = consequences(given_up, (), self._house.store.clients, None, self._house.clock())
-        await self._house.store.commit(given_up, *others, at=Transition.ROUND_CLOSED)
+        await self._house.store.commit(given_up, *others, *run.returned(given_up), at=Transition.ROUND_CLOSED)
         self._spool.of(unfinished.run, unfinished.number).clear()
         _log_round(run, given_up)
         return given_up

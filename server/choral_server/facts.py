@@ -10,11 +10,11 @@ from choral import __version__
 
 from choral_server.config import ServerConfig
 from choral_server.history import BEGUN, KEY, KEY_REPLACED, Facts, Telling
-from choral_server.records import EventRecord, Origin, Record, RunRecord, VersionRecord
+from choral_server.records import EventRecord, Origin, Record, RunRecord, SpendingRecord, SpendingState, VersionRecord
 from choral_server.rounds import ENDED, PartState, Round, RoundState
 from choral_server.tables import storable
 
-ROUND, VERSION, EVENT, CONFIGURATION = "round ended", "version published", "event", "configuration"
+ROUND, VERSION, EVENT, CONFIGURATION, PRIVACY = "round ended", "version published", "event", "configuration", "privacy spent"
 
 
 def told_by(records: Iterable[Record], runs: Mapping[str, RunRecord]) -> Iterator[Telling]:
@@ -28,6 +28,9 @@ def told_by(records: Iterable[Record], runs: Mapping[str, RunRecord]) -> Iterato
     for event in told:
         if isinstance(event, EventRecord):
             yield EVENT, event_facts(event)
+    for spending in told:
+        if isinstance(spending, SpendingRecord) and spending.state is not SpendingState.SPENT:  # told when it was set aside
+            yield PRIVACY, spending_facts(spending)
     for round in rounds:
         yield ROUND, round_facts(round, next((version for version in versions if _made(round, version)), None))
     for version in versions:
@@ -58,6 +61,25 @@ def round_facts(round: Round, child: VersionRecord | None = None) -> Facts:
         "refused": [{"client": storable(part.client), "reason": storable(part.reason)} for part in refused],
         "parent": {"number": round.version, "digest": round.parent.hex()},
         "child": {"number": child.version.number, "digest": child.version.digest.hex()} if child is not None else None,
+    }
+
+
+def spending_facts(spending: SpendingRecord) -> Facts:
+    """What is set aside for a round, or comes back from one that was abandoned."""
+    release = spending.release
+    return {
+        "run": storable(spending.run),
+        "round": spending.round,
+        "kind": spending.kind.value,
+        "state": spending.state.value,
+        "noise": release.noise,
+        "clip": spending.clip,
+        "sampling": release.sampling.value,
+        "expected": release.expected,
+        "population": release.population,
+        "delta": spending.delta,
+        "epsilon_models": spending.epsilon_models,
+        "epsilon_coordinator": spending.epsilon_coordinator,
     }
 
 
@@ -158,6 +180,15 @@ def _event_in_words(facts: Facts) -> str:
     return ": ".join(filter(None, (", ".join(about), facts["what"], facts["told"], by)))
 
 
+def _spending_in_words(facts: Facts) -> str:
+    drawn = f"{facts['expected']} of {facts['population']} clients, sampling {facts['sampling']}"
+    return (
+        f"run {facts['run']}: {facts['state']} for {facts['kind']} round {facts['round']}: noise {facts['noise']:g} of clip "
+        f"{facts['clip']:g}, {drawn}; ε {facts['epsilon_models']:.4g} (who was drawn known: {facts['epsilon_coordinator']:.4g}) "
+        f"at δ {facts['delta']:g}"
+    )
+
+
 def _configuration_in_words(facts: Facts) -> str:
     changed = [f"{key}: {before!r} → {now!r}" for key, (before, now) in facts["changed"].items()]
     return "; ".join(changed) or f"as first told, {len(facts['values'])} keys"
@@ -170,4 +201,5 @@ _WORDS: Mapping[str, Callable[[Facts], str]] = {
     VERSION: _version_in_words,
     EVENT: _event_in_words,
     CONFIGURATION: _configuration_in_words,
+    PRIVACY: _spending_in_words,
 }

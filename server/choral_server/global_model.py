@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from choral_server.blueprint import Blueprint
 from choral_server.checkpoint_file import BLOCK, CheckpointFile
 
+_VARIANCE = "running_var"  # of a BatchNorm layer: noise, or a server optimizer's momentum, must not make it negative
 Step = Callable[[NDArray[np.float32], int], NDArray[np.float32]]
 """The next weights of a stretch of the flat vector, from its present weights and where it begins."""
 
@@ -85,7 +86,8 @@ class GlobalModel:
     def _stepped(self, entry: Entry, step: Step) -> Iterator[Buffer]:
         for start in range(0, entry.size, BLOCK):
             weights = self._elements(entry, start, min(start + BLOCK, entry.size))
-            yield encode(step(weights, entry.offset + start), entry.dtype)
+            after = step(weights, entry.offset + start)
+            yield encode(np.maximum(after, 0) if entry.name.endswith(_VARIANCE) else after, entry.dtype)
 
     def _difference(self, file: CheckpointFile) -> str | None:
         """How a file differs from the model, or None."""

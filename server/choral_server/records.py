@@ -9,6 +9,8 @@ from datetime import datetime
 
 from choral.messages import VersionRef
 from choral.metrics import Metric
+from choral.plan import Kind
+from choral.privacy.accounting import Release
 
 from choral_server.caller import Role, acting
 from choral_server.objective import Progress
@@ -100,6 +102,35 @@ class ClientRecord:
     away_until: datetime | None = None
 
 
+class SpendingState(enum.Enum):
+    """Whether what was set aside for a round is spent."""
+
+    RESERVED = "reserved"  # the round is under way, and it counts
+    SPENT = "spent"
+    RETURNED = "returned"  # the round was abandoned, and nothing of it was released
+
+
+@dataclass(frozen=True, slots=True)
+class SpendingRecord:
+    """The privacy that a round costs, written before it opens. Terms as in `Release`; `clip` in the norm of an update.
+
+    `epsilon_models` is what all that counts has cost until then, this round included, for whoever cannot know who was drawn;
+    `epsilon_coordinator` for whoever does; both at `delta`. `next_clip` is what the round made of a clip that follows the updates.
+    """
+
+    run: str
+    round: int
+    kind: Kind
+    at: datetime
+    release: Release
+    clip: float
+    delta: float
+    epsilon_models: float
+    epsilon_coordinator: float
+    state: SpendingState = SpendingState.RESERVED
+    next_clip: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class EventRecord:
     """Something that happened that an operator may want to look up: `what` in a word or two, `told` for the circumstances."""
@@ -146,6 +177,6 @@ class TokenRecord:
     void: bool = False
 
 
-Told = RunRecord | Round | VersionRecord | ClientRecord | EventRecord | MemberRecord
+Told = RunRecord | Round | VersionRecord | ClientRecord | EventRecord | MemberRecord | SpendingRecord
 """what those who watch are told of"""
 Record = Told | TokenRecord

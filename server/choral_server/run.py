@@ -26,18 +26,33 @@ from numpy.typing import NDArray
 from choral_server import objective
 from choral_server.aggregate import WeightedSum
 from choral_server.checkpoints import BEST, LATEST, Checkpoints, Make
+from choral_server.cohort import Draw
 from choral_server.config import ServerConfig
 from choral_server.failpoints import Transition
 from choral_server.global_model import GlobalModel
 from choral_server.grouped_sum import GroupedSum
 from choral_server.intake import digest_of as digest_of_file
 from choral_server.intake import payload_bytes
+from choral_server.ledger import Ledger
 from choral_server.masked_sum import MaskedSum
 from choral_server.offload import offload
 from choral_server.optimizer_state import OptimizerState, StateWriter
 from choral_server.patience import STORES, patiently
-from choral_server.records import OVER, EventRecord, Origin, Record, RunRecord, RunState, VersionRecord
-from choral_server.rounds import PartState, Round, published
+from choral_server.privacy import Privacy, noise_of
+from choral_server.private_means import PrivateStatistics, noised_metrics
+from choral_server.private_sum import PrivateSum, Terms
+from choral_server.records import (
+    OVER,
+    EventRecord,
+    Origin,
+    Record,
+    RunRecord,
+    RunState,
+    SpendingRecord,
+    SpendingState,
+    VersionRecord,
+)
+from choral_server.rounds import PartState, Round, RoundState, published
 from choral_server.statistics_sum import StatisticsSum
 from choral_server.store import Store
 from choral_server.strategies import step
@@ -45,7 +60,7 @@ from choral_server.task_code import TaskCode
 from choral_server.troubles import Troubles
 from choral_server.version_forms import VersionForms
 
-Aggregate = WeightedSum | StatisticsSum | MaskedSum | GroupedSum | None
+Aggregate = WeightedSum | StatisticsSum | MaskedSum | GroupedSum | PrivateSum | PrivateStatistics | None
 ARTIFACTS, EVALUATION = "artifacts", "evaluation"
 _NAMED = 10  # versions named in a message
 
@@ -86,6 +101,7 @@ class Run:
         self._code = code
         self._state: OptimizerState | None = None  # that belongs to the weights
         self._sum: WeightedSum | None = None  # of the last round, to be used again
+        self.ledger = Ledger(config.run.privacy, store.spendings) if config.run.privacy is not None else None
         self._store = store
         self._troubles = troubles
         self._evaluators = Evaluators.of(config)
@@ -208,8 +224,29 @@ class Run:
             return Lengths(length, length)
         return payload_bytes(kind, self.model.manifest.size, self.model.features, codec)
 
-    def aggregate(self, kind: Kind, goal: int) -> Aggregate:
-        """An empty aggregate for a round of this kind that is to be made of `goal` results; there is one at a time."""
+    async def price(self, kind: Kind, draw: Draw, now: datetime) -> SpendingRecord | None:
+        """What the next round costs in privacy, over these clients; None: nothing is kept private. Raises ConfigError."""
+        if (ledger := self.ledger) is None:
+            return None
+        record = self.record
+        return await asyncio.to_thread(ledger.price, record.name, record.next_round, kind, draw, ledger.clip(record.name), now)
+
+    def spending(self, round: Round) -> SpendingRecord | None:
+        """What was set aside for a round."""
+        return self._store.spendings.get((round.run, round.number))
+
+    def returned(self, round: Round) -> tuple[SpendingRecord, ...]:
+        """What comes back from a round that was abandoned, of which nothing is released."""
+        spending = self.spending(round)
+        if spending is None or round.state is not RoundState.ABANDONED:
+            return ()
+        return (replace(spending, state=SpendingState.RETURNED),)
+
+    def aggregate(self, round: Round) -> Aggregate:
+        """An empty aggregate for a round; there is one at a time."""
+        kind, goal = round.kind, round.goal
+        if (private := self.settings.privacy) is not None and (spending := self.spending(round)) is not None:
+            return self._private_aggregate(kind, private, spending)
         plan, settings = self.plan(kind, goal, 0), self.settings.secure_aggregation
         if settings is not None and plan.secure is not None:
             layout, secure = self.layout(plan), plan.secure
@@ -221,6 +258,17 @@ class Run:
             return self._sum.emptied()
         return StatisticsSum() if kind is Kind.STATISTICS else None
 
+    def _private_aggregate(self, kind: Kind, private: Privacy, spending: SpendingRecord) -> Aggregate:
+        release, source, shares = spending.release, private.source(), private.shares
+        if kind is Kind.STATISTICS:
+            assert self.model.blueprint.ranges is not None, "checked at the start"
+            return PrivateStatistics(self.model.blueprint.ranges, release.noise, release.expected, source)
+        if kind is Kind.EVALUATION:
+            return None
+        clip_noise = noise_of(shares.clip, release.noise) if shares.clip else None
+        terms = Terms(spending.clip, shares.update(release.noise), release.expected, clip_noise)
+        return PrivateSum(self.model.manifest.size, terms, source)
+
     def make_version(self, kind: Kind, aggregate: Aggregate, weights: Path, state: Path) -> bytes:
         """Write the next version, and the optimizer's state, from what a round collected; the version's SHA-256.
 
@@ -229,11 +277,13 @@ class Run:
         """
         metadata = self._metadata(self.record.latest + 1)
         if kind is Kind.STATISTICS:
-            assert isinstance(aggregate, StatisticsSum | MaskedSum), "the others are of updates"
+            assert isinstance(aggregate, StatisticsSum | MaskedSum | PrivateStatistics), "the others are of updates"
             if self._state is not None:
                 self._state.copy(state)
             return self.model.write_standardized(weights, metadata, aggregate.moments())
-        assert isinstance(aggregate, WeightedSum | MaskedSum | GroupedSum), "the others are of statistics"
+        assert isinstance(aggregate, WeightedSum | MaskedSum | GroupedSum | PrivateSum), "the others are of statistics"
+        if isinstance(aggregate, PrivateSum):
+            aggregate.release()
         with StateWriter(state, self.model.manifest.size) as writer:
 
             def next_weights(present: NDArray[np.float32], start: int) -> NDArray[np.float32]:
@@ -245,13 +295,13 @@ class Run:
 
             return self.model.write_trained(weights, metadata, next_weights)
 
-    async def open(self, opened: Round) -> None:
-        """Store a round before anyone hears of it."""
+    async def open(self, opened: Round, spending: SpendingRecord | None = None) -> None:
+        """Store a round, and what it costs in privacy, before anyone hears of it."""
         if opened.kind is Kind.EVALUATION:
             self._put_to_clients = opened.version  # once: what nobody measures stays unmeasured
         await self.save(
             at=Transition.ROUND_OPENED,
-            others=(opened,),
+            others=(opened,) if spending is None else (opened, spending),
             state=RunState.IN_ROUND,
             reason="",
             next_round=opened.number + 1,
@@ -261,19 +311,16 @@ class Run:
 
     async def settle(self, closed: Round, aggregate: Aggregate, now: datetime) -> Round:
         """Use what a closed round collected: publish its version, if it makes one, and what clients measured; in one commit."""
-        accepted = [part for part in closed.parts.values() if part.state is PartState.ACCEPTED]
-        cap = self.settings.cap
-        if isinstance(aggregate, MaskedSum | GroupedSum):
-            measured = aggregate.held_out()
-        else:
-            measured = weighted_mean(replace(m, examples=min(m.examples, cap)) for part in accepted for m in part.held_out)
-        progress, before = self._judged("clients", measured)
+        progress, before = self._judged("clients", self._measured(closed, aggregate))
         done = published(closed)
         parent = Origin(closed.run, closed.version, closed.parent)
         if aggregate is None or closed.kind is Kind.EVALUATION:
-            await self._commit(lambda record: replace(record, progress=progress), Transition.VERSION_PUBLISHED, before, done)
+            others: tuple[Record, ...] = (before, done, *self._spent(closed, aggregate))
+            await self._commit(lambda record: replace(record, progress=progress), Transition.VERSION_PUBLISHED, *others)
             self.current = before
             return done
+        if isinstance(aggregate, PrivateSum):
+            await offload(self.version.size_bytes, aggregate.release)
         training, statistics = closed.kind is Kind.TRAINING, closed.kind is Kind.STATISTICS
         await self._publish(
             lambda weights, state: offload(self.version.size_bytes, self.make_version, closed.kind, aggregate, weights, state),
@@ -287,8 +334,34 @@ class Run:
             parent,
             before,
             done,
+            *self._spent(closed, aggregate),
         )
         return done
+
+    def _measured(self, closed: Round, aggregate: Aggregate) -> tuple[Metric, ...]:
+        """What the clients of a closed round have measured, together."""
+        if isinstance(aggregate, MaskedSum | GroupedSum):
+            return aggregate.held_out()
+        accepted = [part for part in closed.parts.values() if part.state is PartState.ACCEPTED]
+        if (private := self.settings.privacy) is None:
+            cap = self.settings.cap
+            return weighted_mean(replace(m, examples=min(m.examples, cap)) for part in accepted for m in part.held_out)
+        spending = self.spending(closed)
+        if spending is None or private.metrics is None or closed.kind is Kind.STATISTICS:
+            return ()
+        total = spending.release.noise
+        noise = total if closed.kind is Kind.EVALUATION else noise_of(private.shares.metrics, total)
+        return noised_metrics(accepted, private.metrics, noise, spending.release.expected, private.source())
+
+    def _spent(self, closed: Round, aggregate: Aggregate) -> tuple[SpendingRecord, ...]:
+        """What was set aside for a round is spent; and how long updates of the next one may be."""
+        if (spending := self.spending(closed)) is None:
+            return ()
+        after = replace(spending, state=SpendingState.SPENT)
+        private = self.settings.privacy
+        if private is None or private.adaptive is None or not isinstance(aggregate, PrivateSum) or aggregate.within is None:
+            return (after,)
+        return (replace(after, next_clip=private.adaptive.next(spending.clip, aggregate.within)),)
 
     async def can_go_back_to(self, number: int) -> VersionRef:
         """A version that is at hand. Raises UnknownVersion: it never was, or is not kept; ConfigError: it is damaged."""

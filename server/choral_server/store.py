@@ -25,8 +25,18 @@ from choral_server.facts import CONFIGURATION, configuration_facts, found_before
 from choral_server.failpoints import Transition
 from choral_server.history import Entry, Facts, History, Telling
 from choral_server.lease import Lease
-from choral_server.records import ClientRecord, EventRecord, MemberRecord, Record, RunRecord, TokenRecord, Told, VersionRecord
-from choral_server.rounds import ENDED, Part, Parts, Round, RoundState, as_kept
+from choral_server.records import (
+    ClientRecord,
+    EventRecord,
+    MemberRecord,
+    Record,
+    RunRecord,
+    SpendingRecord,
+    TokenRecord,
+    Told,
+    VersionRecord,
+)
+from choral_server.rounds import ENDED, Part, Parts, PartState, Round, RoundState, as_kept
 from choral_server.tables import (
     ASSIGNMENTS,
     CLIENTS,
@@ -36,6 +46,7 @@ from choral_server.tables import (
     MEMBERS,
     ROUNDS,
     RUNS,
+    SPENDINGS,
     TOKENS,
     VERSIONS,
     Row,
@@ -54,6 +65,8 @@ from choral_server.tables import (
     round_to_row,
     run_from_row,
     run_to_row,
+    spending_from_row,
+    spending_to_row,
     token_from_row,
     token_to_row,
     version_from_row,
@@ -63,7 +76,18 @@ from choral_server.tables import (
 RoundKey = tuple[str, int]
 _LATELY = 1000  # entries of the history whose digests are at hand
 _UNREAD = 10_000  # states that a slow watcher may be behind; older ones are dropped
-_WRITTEN = (RUNS, ROUNDS, ASSIGNMENTS, VERSIONS, CLIENTS, MEMBERS, TOKENS, EVENTS, HISTORY)  # in order: what refers, and to what
+_WRITTEN = (
+    RUNS,
+    SPENDINGS,
+    ROUNDS,
+    ASSIGNMENTS,
+    VERSIONS,
+    CLIENTS,
+    MEMBERS,
+    TOKENS,
+    EVENTS,
+    HISTORY,
+)  # in order: what refers, and to what
 
 _RUN = bindparam("of_run", type_=Words)
 _LIMIT = bindparam("at_most", type_=sa.BigInteger)
@@ -75,6 +99,11 @@ _PARTS = (
     sa.select(ASSIGNMENTS)
     .where(ASSIGNMENTS.c.run == _RUN, ASSIGNMENTS.c.round.between(bindparam("first"), bindparam("last")))
     .order_by(ASSIGNMENTS.c.round, ASSIGNMENTS.c.place)
+)
+_ACCEPTED_OF = (
+    sa.select(ASSIGNMENTS.c.run, ASSIGNMENTS.c.round)
+    .where(ASSIGNMENTS.c.client == bindparam("of_client", type_=Words), ASSIGNMENTS.c.state == PartState.ACCEPTED.value)
+    .distinct()
 )
 _PART = sa.select(ASSIGNMENTS).where(ASSIGNMENTS.c.assignment == bindparam("id"))
 _VERSIONS = sa.select(VERSIONS).where(VERSIONS.c.run == _RUN).order_by(VERSIONS.c.number.desc()).limit(_LIMIT)
@@ -109,7 +138,7 @@ class _KeptRound:
 
 
 class Store:
-    """The records. `runs` in order of creation, `clients` and `members` by name, `tokens` by digest.
+    """The records. `runs` in order of creation, `clients` and `members` by name, `tokens` by digest, `spendings` by run and round.
 
     What `commit` has written, all readers see at once.
     """
@@ -122,6 +151,7 @@ class Store:
         clients: Iterable[ClientRecord],
         members: Iterable[MemberRecord],
         tokens: Iterable[TokenRecord],
+        spendings: Iterable[SpendingRecord],
         history: History,
         clock: Callable[[], datetime],
     ) -> None:
@@ -129,6 +159,7 @@ class Store:
         self.clients = {client.name: client for client in clients}
         self.members = {member.name: member for member in members}
         self.tokens = {token.digest: token for token in tokens}
+        self.spendings = {(spending.run, spending.round): spending for spending in spendings}
         self._database = database
         self._lease = lease
         self._upserts = {table: _upsert(INSERT[database.dialect], table) for table in _WRITTEN}
@@ -154,11 +185,12 @@ class Store:
             clients = await _fetch(connection, sa.select(CLIENTS).order_by(CLIENTS.c.name))
             members = await _fetch(connection, sa.select(MEMBERS).order_by(MEMBERS.c.name))
             tokens = await _fetch(connection, sa.select(TOKENS))
+            spendings = await _fetch(connection, sa.select(SPENDINGS).order_by(SPENDINGS.c.at))
             last_event = await connection.scalar(_LAST_EVENT)
             records = [run_from_row(row) for row in runs]
             history = History(key, await _newest_head(connection, key), found_before(records, last_event))
             known = map(client_from_row, clients), map(member_from_row, members), map(token_from_row, tokens)
-            return cls(database, lease, records, *known, history, clock)
+            return cls(database, lease, records, *known, map(spending_from_row, spendings), history, clock)
 
         return await database.read(work)
 
@@ -243,6 +275,8 @@ class Store:
                     self.members[record.name] = record
                 case TokenRecord():
                     self.tokens[record.digest] = record
+                case SpendingRecord():
+                    self.spendings[record.run, record.round] = record
                 case Round() if record.state not in ENDED:
                     self._live[_round_key(record)] = record
             if isinstance(record, TokenRecord):
@@ -286,6 +320,8 @@ class Store:
                     batch.add(MEMBERS, member_to_row(record))
                 case TokenRecord():
                     batch.add(TOKENS, token_to_row(record))
+                case SpendingRecord():
+                    batch.add(SPENDINGS, spending_to_row(record))
         return batch
 
     def _add_round(self, batch: _Batch, record: Round) -> None:
@@ -357,6 +393,11 @@ class Store:
         wanted = {"at_most": limit} | ({"of_run": run} if run else {}) | ({"of_client": client} if client else {})
         return list(map(event_from_row, await self._rows(query, wanted)))
 
+    async def spent_by(self, client: str) -> list[SpendingRecord]:
+        """What the rounds cost in which a result of this client counts. Raises DatabaseGone."""
+        rounds = [(row["run"], row["round"]) for row in await self._rows(_ACCEPTED_OF, {"of_client": client})]
+        return [self.spendings[key] for key in sorted(rounds) if key in self.spendings]
+
     async def _rows(self, query: sa.Select[Any], wanted: Row) -> list[Row]:
         return await self._database.read(lambda connection: _fetch(connection, query, wanted))
 
@@ -383,7 +424,7 @@ class Store:
     async def watch(self) -> AsyncIterator[Told]:
         """All runs, clients and members as they are, then every change; who is behind gets only the newest state of each."""
         watcher = _Watcher()
-        present: list[Told] = [*self.runs.values(), *self.clients.values(), *self.members.values()]
+        present: list[Told] = [*self.runs.values(), *self.clients.values(), *self.members.values(), *self.spendings.values()]
         for record in present:
             watcher.tell(record)
         self._watchers.add(watcher)
@@ -454,6 +495,8 @@ def _key(record: Record) -> tuple[object, ...]:
             return VersionRecord, record.run, record.version.number
         case EventRecord():
             return EventRecord, record.id
+        case SpendingRecord():
+            return SpendingRecord, record.run, record.round
         case RunRecord() | ClientRecord() | MemberRecord():
             return type(record), record.name
         case TokenRecord():

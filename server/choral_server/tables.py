@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from choral.messages import VersionRef
 from choral.metrics import Metric
 from choral.plan import Kind
+from choral.privacy.accounting import Release, Sampling
 from sqlalchemy import Column, ForeignKey, ForeignKeyConstraint, Index, MetaData, Table
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
@@ -19,7 +20,17 @@ from sqlalchemy.types import TypeDecorator
 from choral_server.caller import Role
 from choral_server.history import Entry
 from choral_server.objective import Progress
-from choral_server.records import ClientRecord, EventRecord, MemberRecord, RunRecord, RunState, TokenRecord, VersionRecord
+from choral_server.records import (
+    ClientRecord,
+    EventRecord,
+    MemberRecord,
+    RunRecord,
+    RunState,
+    SpendingRecord,
+    SpendingState,
+    TokenRecord,
+    VersionRecord,
+)
 from choral_server.rounds import Part, Parts, PartState, Round, RoundState
 
 Row = dict[str, Any]
@@ -234,6 +245,25 @@ HISTORY = Table(
     Column("signature", sa.LargeBinary, nullable=False),
 )
 
+SPENDINGS = Table(
+    "spendings",
+    METADATA,
+    Column("run", ForeignKey(RUNS.c.name), primary_key=True),
+    Column("round", sa.BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", Words, nullable=False),
+    Column("at", Moment, nullable=False),
+    Column("noise", sa.Double, nullable=False),
+    Column("sampling", Words, nullable=False),
+    Column("expected", sa.BigInteger, nullable=False),
+    Column("population", sa.BigInteger, nullable=False),
+    Column("clip", sa.Double, nullable=False),
+    Column("delta", sa.Double, nullable=False),
+    Column("epsilon_models", sa.Double, nullable=False),
+    Column("epsilon_coordinator", sa.Double, nullable=False),
+    Column("state", Words, nullable=False),
+    Column("next_clip", sa.Double),
+)
+
 LEASES = Table(
     "leases",
     METADATA,
@@ -427,6 +457,38 @@ def token_to_row(record: TokenRecord) -> Row:
 def token_from_row(row: Row) -> TokenRecord:
     """The token that was stored."""
     return TokenRecord(**dict(row) | {"role": Role(row["role"])})
+
+
+def spending_to_row(record: SpendingRecord) -> Row:
+    """What a round costs in privacy."""
+    release = record.release
+    return {
+        "run": record.run,
+        "round": record.round,
+        "kind": record.kind.value,
+        "at": record.at,
+        "noise": release.noise,
+        "sampling": release.sampling.value,
+        "expected": release.expected,
+        "population": release.population,
+        "clip": record.clip,
+        "delta": record.delta,
+        "epsilon_models": record.epsilon_models,
+        "epsilon_coordinator": record.epsilon_coordinator,
+        "state": record.state.value,
+        "next_clip": record.next_clip,
+    }
+
+
+def spending_from_row(row: Row) -> SpendingRecord:
+    """The spending that was stored."""
+    kept = dict(row)
+    terms = {name: kept.pop(name) for name in ("noise", "expected", "population")}
+    release = Release(**terms, sampling=Sampling(kept.pop("sampling")))
+    return SpendingRecord(
+        **kept | {"kind": Kind(kept["kind"]), "state": SpendingState(kept["state"])},
+        release=release,
+    )
 
 
 def entry_to_row(entry: Entry) -> Row:

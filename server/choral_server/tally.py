@@ -12,6 +12,7 @@ from choral_server.failpoints import Step
 from choral_server.grouped_sum import GroupedSum
 from choral_server.masked_sum import MaskedSum
 from choral_server.offload import offload
+from choral_server.private_sum import PrivateSum
 from choral_server.rounds import Part
 from choral_server.run import Aggregate
 from choral_server.spool import DISK, RoundSpool
@@ -41,7 +42,7 @@ class Tally:
             self._spool.drop(gone)
             return gone
         contained: frozenset[str] = frozenset()
-        if isinstance(self.aggregate, WeightedSum) and self._spool.sum_path.exists():
+        if isinstance(self.aggregate, WeightedSum | PrivateSum) and self._spool.sum_path.exists():
             try:
                 await offload(2 * self._result_bytes, self.aggregate.load, self._spool.sum_path)
             except ValueError as error:
@@ -68,10 +69,10 @@ class Tally:
             self._spool.drop([part])
             return
         self._kept.append(part)
-        if isinstance(self.aggregate, WeightedSum) and len(self._kept) * self._result_bytes > self._spool_bytes:
+        if isinstance(self.aggregate, WeightedSum | PrivateSum) and len(self._kept) * self._result_bytes > self._spool_bytes:
             await self._save(self.aggregate)
 
-    async def _save(self, aggregate: WeightedSum) -> None:
+    async def _save(self, aggregate: WeightedSum | PrivateSum) -> None:
         try:
             await offload(2 * self._result_bytes, aggregate.save, self._spool.sum_path)
         except OSError as error:

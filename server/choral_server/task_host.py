@@ -50,7 +50,8 @@ class TaskHost:
 
         task, layer = self._task, standardize_of(self._measured)
         keep = layer.keep if layer is not None else ()
-        return Blueprint(task.name, task.version, tuple(task.metrics), task.training, describe(self._measured), keep)
+        ranges = tuple((float(low), float(high)) for low, high in task.ranges) if task.ranges is not None else None
+        return Blueprint(task.name, task.version, tuple(task.metrics), task.training, describe(self._measured), keep, ranges)
 
     def write_initial(self, path: Path, metadata: dict[str, str]) -> None:
         """Write the initial weights as a safetensors file. Raises OSError."""

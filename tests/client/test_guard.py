@@ -81,8 +81,11 @@ def test_a_plan_on_both_sides_of_a_bound(keys: dict[str, Any], allowed: Plan | N
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        ({"max_epsilon": 8.0}, r"requires differential privacy \(max_epsilon: 8\), which this release of Choral does not have yet"),
-        ({"max_epsilon": 1.0e300}, "which this release of Choral does not have yet"),  # however much may be lost, there is no bound
+        ({"max_epsilon": 8.0}, r"bounds the privacy that may be lost \(max_epsilon: 8\); this release adds no noise on the device"),
+        (
+            {"max_epsilon": 1.0e300},
+            "noise that the coordinator adds is the coordinator's word",
+        ),  # however much may be lost, there is no bound
     ],
 )
 def test_what_this_release_does_not_have_declines_whatever_leaves(kind: Kind, keys: dict[str, Any], reason: str) -> None:

@@ -22,5 +22,6 @@ task = Task(
     loss=cross_entropy,
     metrics={"accuracy": accuracy},
     load=Table(FEATURES, target="target", kind="class"),
+    ranges=[(0.0, 16.0)] * len(FEATURES),
     training=Training(epochs=2, batch_size=16, learning_rate=0.05),
 )

@@ -659,6 +659,172 @@ class Finding(google.protobuf.message.Message):
 global___Finding = Finding
 
 @typing.final
+class ListSpendingsRequest(google.protobuf.message.Message):
+    """Asks for what was spent of the privacy budget."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    CLIENT_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Name of the run; empty: all of them."""
+    client: builtins.str
+    """Name of a client: only rounds in which a result of it counts; empty: all of them."""
+    limit: builtins.int
+    """At most so many; 0: 100. Unit: rounds."""
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        client: builtins.str = ...,
+        limit: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "limit", b"limit", "run", b"run"]) -> None: ...
+
+global___ListSpendingsRequest = ListSpendingsRequest
+
+@typing.final
+class ListSpendingsResponse(google.protobuf.message.Message):
+    """What was spent."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPENDINGS_FIELD_NUMBER: builtins.int
+    BUDGET_FIELD_NUMBER: builtins.int
+    EPSILON_CLIENT_FIELD_NUMBER: builtins.int
+    epsilon_client: builtins.float
+    """What the client that was asked for has lost in its own rounds, to whoever knows when it took part. Unit: epsilon."""
+    @property
+    def spendings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Spending]:
+        """Newest first."""
+
+    @property
+    def budget(self) -> global___Budget:
+        """What there was and what is left; absent if the present run keeps nothing private."""
+
+    def __init__(
+        self,
+        *,
+        spendings: collections.abc.Iterable[global___Spending] | None = ...,
+        budget: global___Budget | None = ...,
+        epsilon_client: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_epsilon_client", b"_epsilon_client", "budget", b"budget", "epsilon_client", b"epsilon_client"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_epsilon_client", b"_epsilon_client", "budget", b"budget", "epsilon_client", b"epsilon_client", "spendings", b"spendings"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_epsilon_client", b"_epsilon_client"]) -> typing.Literal["epsilon_client"] | None: ...
+
+global___ListSpendingsResponse = ListSpendingsResponse
+
+@typing.final
+class Budget(google.protobuf.message.Message):
+    """The privacy budget, over all runs."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPSILON_FIELD_NUMBER: builtins.int
+    DELTA_FIELD_NUMBER: builtins.int
+    EPSILON_MODELS_FIELD_NUMBER: builtins.int
+    EPSILON_COORDINATOR_FIELD_NUMBER: builtins.int
+    ROUNDS_LEFT_FIELD_NUMBER: builtins.int
+    epsilon: builtins.float
+    """What may be spent. Unit: epsilon."""
+    delta: builtins.float
+    """The delta that goes with it."""
+    epsilon_models: builtins.float
+    """What is spent for those who get models and do not know who was drawn. Unit: epsilon."""
+    epsilon_coordinator: builtins.float
+    """What is spent for whoever knows who was drawn. Unit: epsilon."""
+    rounds_left: builtins.int
+    """Training rounds like the next one for which it is enough, at least. Unit: rounds."""
+    def __init__(
+        self,
+        *,
+        epsilon: builtins.float = ...,
+        delta: builtins.float = ...,
+        epsilon_models: builtins.float = ...,
+        epsilon_coordinator: builtins.float = ...,
+        rounds_left: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["delta", b"delta", "epsilon", b"epsilon", "epsilon_coordinator", b"epsilon_coordinator", "epsilon_models", b"epsilon_models", "rounds_left", b"rounds_left"]) -> None: ...
+
+global___Budget = Budget
+
+@typing.final
+class Spending(google.protobuf.message.Message):
+    """The privacy that a round costs, set aside before it opens."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    ROUND_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    AT_FIELD_NUMBER: builtins.int
+    NOISE_FIELD_NUMBER: builtins.int
+    CLIP_FIELD_NUMBER: builtins.int
+    SAMPLING_FIELD_NUMBER: builtins.int
+    EXPECTED_FIELD_NUMBER: builtins.int
+    POPULATION_FIELD_NUMBER: builtins.int
+    DELTA_FIELD_NUMBER: builtins.int
+    EPSILON_MODELS_FIELD_NUMBER: builtins.int
+    EPSILON_COORDINATOR_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    NEXT_CLIP_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Name of the run."""
+    round: builtins.int
+    """Number of the round."""
+    kind: choral.v1.model_pb2.RoundKind.ValueType
+    """What it is for."""
+    noise: builtins.float
+    """Standard deviation of the noise over what one client can move, of all that the round gives."""
+    clip: builtins.float
+    """Euclidean norm that updates are shortened to."""
+    sampling: builtins.str
+    """How clients were drawn: poisson, fixed or none."""
+    expected: builtins.int
+    """Clients drawn on the average."""
+    population: builtins.int
+    """Clients they were drawn from."""
+    delta: builtins.float
+    """The delta for which epsilon holds."""
+    epsilon_models: builtins.float
+    """What all that counts has cost until then, for those who do not know who was drawn. Unit: epsilon."""
+    epsilon_coordinator: builtins.float
+    """The same for whoever knows who was drawn. Unit: epsilon."""
+    state: builtins.str
+    """reserved while the round is under way, spent, or returned: the round was abandoned, and it counts no more."""
+    next_clip: builtins.float
+    """What the round made of a clip that follows the updates; absent if the clip does not."""
+    @property
+    def at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was set aside."""
+
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        round: builtins.int = ...,
+        kind: choral.v1.model_pb2.RoundKind.ValueType = ...,
+        at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        noise: builtins.float = ...,
+        clip: builtins.float = ...,
+        sampling: builtins.str = ...,
+        expected: builtins.int = ...,
+        population: builtins.int = ...,
+        delta: builtins.float = ...,
+        epsilon_models: builtins.float = ...,
+        epsilon_coordinator: builtins.float = ...,
+        state: builtins.str = ...,
+        next_clip: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_next_clip", b"_next_clip", "at", b"at", "next_clip", b"next_clip"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_next_clip", b"_next_clip", "at", b"at", "clip", b"clip", "delta", b"delta", "epsilon_coordinator", b"epsilon_coordinator", "epsilon_models", b"epsilon_models", "expected", b"expected", "kind", b"kind", "next_clip", b"next_clip", "noise", b"noise", "population", b"population", "round", b"round", "run", b"run", "sampling", b"sampling", "state", b"state"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_next_clip", b"_next_clip"]) -> typing.Literal["next_clip"] | None: ...
+
+global___Spending = Spending
+
+@typing.final
 class IssueTokenRequest(google.protobuf.message.Message):
     """Asks for a token."""
 
@@ -865,6 +1031,7 @@ class WatchResponse(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     EVENT_FIELD_NUMBER: builtins.int
     MEMBER_FIELD_NUMBER: builtins.int
+    SPENDING_FIELD_NUMBER: builtins.int
     @property
     def run(self) -> global___Run:
         """The run."""
@@ -889,6 +1056,10 @@ class WatchResponse(google.protobuf.message.Message):
     def member(self) -> global___Member:
         """A member."""
 
+    @property
+    def spending(self) -> global___Spending:
+        """What a round costs in privacy."""
+
     def __init__(
         self,
         *,
@@ -898,10 +1069,11 @@ class WatchResponse(google.protobuf.message.Message):
         version: global___Version | None = ...,
         event: global___Event | None = ...,
         member: global___Member | None = ...,
+        spending: global___Spending | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["change", b"change", "client", b"client", "event", b"event", "member", b"member", "round", b"round", "run", b"run", "version", b"version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["change", b"change", "client", b"client", "event", b"event", "member", b"member", "round", b"round", "run", b"run", "version", b"version"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["change", b"change"]) -> typing.Literal["run", "round", "client", "version", "event", "member"] | None: ...
+    def HasField(self, field_name: typing.Literal["change", b"change", "client", b"client", "event", b"event", "member", b"member", "round", b"round", "run", b"run", "spending", b"spending", "version", b"version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["change", b"change", "client", b"client", "event", b"event", "member", b"member", "round", b"round", "run", b"run", "spending", b"spending", "version", b"version"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["change", b"change"]) -> typing.Literal["run", "round", "client", "version", "event", "member", "spending"] | None: ...
 
 global___WatchResponse = WatchResponse
 

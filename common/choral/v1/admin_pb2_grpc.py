@@ -85,6 +85,11 @@ class AdminStub(object):
                 request_serializer=choral_dot_v1_dot_admin__pb2.DiagnoseRequest.SerializeToString,
                 response_deserializer=choral_dot_v1_dot_admin__pb2.DiagnoseResponse.FromString,
                 )
+        self.ListSpendings = channel.unary_unary(
+                '/choral.v1.Admin/ListSpendings',
+                request_serializer=choral_dot_v1_dot_admin__pb2.ListSpendingsRequest.SerializeToString,
+                response_deserializer=choral_dot_v1_dot_admin__pb2.ListSpendingsResponse.FromString,
+                )
         self.IssueToken = channel.unary_unary(
                 '/choral.v1.Admin/IssueToken',
                 request_serializer=choral_dot_v1_dot_admin__pb2.IssueTokenRequest.SerializeToString,
@@ -209,6 +214,13 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSpendings(self, request, context):
+        """What rounds have cost in privacy, newest first, and what is left of the budget.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def IssueToken(self, request, context):
         """A one-time token with which somebody enrols.
         """
@@ -309,6 +321,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Diagnose,
                     request_deserializer=choral_dot_v1_dot_admin__pb2.DiagnoseRequest.FromString,
                     response_serializer=choral_dot_v1_dot_admin__pb2.DiagnoseResponse.SerializeToString,
+            ),
+            'ListSpendings': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSpendings,
+                    request_deserializer=choral_dot_v1_dot_admin__pb2.ListSpendingsRequest.FromString,
+                    response_serializer=choral_dot_v1_dot_admin__pb2.ListSpendingsResponse.SerializeToString,
             ),
             'IssueToken': grpc.unary_unary_rpc_method_handler(
                     servicer.IssueToken,
@@ -576,6 +593,23 @@ class Admin(object):
         return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/Diagnose',
             choral_dot_v1_dot_admin__pb2.DiagnoseRequest.SerializeToString,
             choral_dot_v1_dot_admin__pb2.DiagnoseResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ListSpendings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/ListSpendings',
+            choral_dot_v1_dot_admin__pb2.ListSpendingsRequest.SerializeToString,
+            choral_dot_v1_dot_admin__pb2.ListSpendingsResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

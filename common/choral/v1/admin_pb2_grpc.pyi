@@ -108,6 +108,12 @@ class AdminStub:
     ]
     """Why the run moves, or does not."""
 
+    ListSpendings: grpc.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.ListSpendingsRequest,
+        choral.v1.admin_pb2.ListSpendingsResponse,
+    ]
+    """What rounds have cost in privacy, newest first, and what is left of the budget."""
+
     IssueToken: grpc.UnaryUnaryMultiCallable[
         choral.v1.admin_pb2.IssueTokenRequest,
         choral.v1.admin_pb2.IssueTokenResponse,
@@ -218,6 +224,12 @@ class AdminAsyncStub:
         choral.v1.admin_pb2.DiagnoseResponse,
     ]
     """Why the run moves, or does not."""
+
+    ListSpendings: grpc.aio.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.ListSpendingsRequest,
+        choral.v1.admin_pb2.ListSpendingsResponse,
+    ]
+    """What rounds have cost in privacy, newest first, and what is left of the budget."""
 
     IssueToken: grpc.aio.UnaryUnaryMultiCallable[
         choral.v1.admin_pb2.IssueTokenRequest,
@@ -357,6 +369,14 @@ class AdminServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[choral.v1.admin_pb2.DiagnoseResponse, collections.abc.Awaitable[choral.v1.admin_pb2.DiagnoseResponse]]:
         """Why the run moves, or does not."""
+
+    @abc.abstractmethod
+    def ListSpendings(
+        self,
+        request: choral.v1.admin_pb2.ListSpendingsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[choral.v1.admin_pb2.ListSpendingsResponse, collections.abc.Awaitable[choral.v1.admin_pb2.ListSpendingsResponse]]:
+        """What rounds have cost in privacy, newest first, and what is left of the budget."""
 
     @abc.abstractmethod
     def IssueToken(

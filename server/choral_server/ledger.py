@@ -1,0 +1,90 @@
+"""The privacy budget: what all that was released has cost, what a further round would, and whether that is allowed.
+
+It counts every run in the database, for the same clients stand behind all of them. What is set aside for a round counts at once; of
+an abandoned round nothing is released, and it counts no more. A rollback gives nothing back: what was released stays released.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from choral.plan import Kind
+from choral.privacy.accounting import Accountant, Release, Sampling, epsilon, rounds_for
+
+from choral_server.cohort import Draw
+from choral_server.privacy import Privacy
+from choral_server.records import SpendingRecord, SpendingState
+
+RoundKey = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """The budget, what is spent of it for either reader, and for how many rounds more it is enough at the least."""
+
+    epsilon: float
+    delta: float
+    epsilon_models: float
+    epsilon_coordinator: float
+    rounds_left: int
+
+
+class Ledger:
+    """What `spendings`, by run and round and in their order, leave of the budget in `settings`; others add to them."""
+
+    def __init__(self, settings: Privacy, spendings: dict[RoundKey, SpendingRecord]) -> None:
+        self.settings = settings
+        self._spendings = spendings
+
+    def price(self, run: str, round: int, kind: Kind, draw: Draw, clip: float, now: datetime) -> SpendingRecord:
+        """What a round over these clients is set aside for. Slow: call it in a thread. Raises ConfigError."""
+        settings = self.settings
+        sampling = settings.drawn_by if kind is Kind.TRAINING else Sampling.NONE  # of the others everybody is asked
+        release = Release(settings.noise, sampling, draw.expected, draw.population)
+        counted = Counter(counted_releases(self._spendings.values()))
+        counted[release] += 1
+        models, known = (epsilon(counted, settings.delta, settings.counted_by, amplified=amplified) for amplified in (True, False))
+        return SpendingRecord(run, round, kind, now, release, clip, settings.delta, models, known)
+
+    def overspent(self, spending: SpendingRecord) -> str | None:
+        """Why a round with this price is not to be opened; None: it may."""
+        if spending.epsilon_models <= self.settings.epsilon:
+            return None
+        spent = max((one.epsilon_models for one in self._spendings.values() if _counts(one)), default=0.0)
+        return (
+            f"the privacy budget is spent: ε is {spent:.4g} at δ {spending.delta:g}, a further {spending.kind.value} round would "
+            f"make it {spending.epsilon_models:.4g}, and run.privacy.epsilon allows {self.settings.epsilon:g}"
+        )
+
+    def cost(self, spendings: Iterable[SpendingRecord]) -> float:
+        """ε of these alone, for whoever knows who took part. Slow."""
+        return epsilon(counted_releases(spendings), self.settings.delta, self.settings.counted_by, amplified=False)
+
+    def left(self) -> Left:
+        """What there was, what is spent, and for how many rounds like the newest it is still enough. Slow."""
+        settings, counted = self.settings, counted_releases(self._spendings.values())
+        models, known = (epsilon(counted, settings.delta, settings.counted_by, amplified=amplified) for amplified in (True, False))
+        trained = (one.release for one in reversed(self._spendings.values()) if one.kind is Kind.TRAINING)
+        release = next(trained, Release(settings.noise))
+        rounds = rounds_for(settings.epsilon, settings.delta, release, Accountant.RDP, counted)  # which is fast, and never too many
+        return Left(settings.epsilon, settings.delta, models, known, rounds)
+
+    def clip(self, run: str) -> float:
+        """What updates of the next round are shortened to."""
+        known = (one for (name, _), one in reversed(self._spendings.items()) if name == run and one.next_clip is not None)
+        newest = next(known, None)
+        if self.settings.adaptive is None or newest is None or newest.next_clip is None:
+            return self.settings.clip
+        return newest.next_clip
+
+
+def counted_releases(spendings: Iterable[SpendingRecord]) -> Counter[Release]:
+    """What was released, or may yet be."""
+    return Counter(spending.release for spending in spendings if _counts(spending))
+
+
+def _counts(spending: SpendingRecord) -> bool:
+    return spending.state is not SpendingState.RETURNED

@@ -1,0 +1,128 @@
+"""Whether and how noise is added to what a round gives, and how much privacy may be lost: that part of the configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+from choral.config import Settings
+from choral.privacy.accounting import Accountant, Sampling
+from choral.privacy.noise import STEPS, Noise, discrete_gaussian, gaussian
+from pydantic import Field, model_validator
+
+Bound = Annotated[float, Field(allow_inf_nan=False)]
+_CLIP_SHARE = 0.02  # of a round's privacy, for how many updates were clipped
+_LARGEST_ROUNDING = 0.5  # of the clip
+
+
+class AdaptiveClip(Settings):
+    """A clip that follows the updates (Andrew et al. 2021, NeurIPS, algorithm 1)."""
+
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """share of the updates that are to be no longer than the clip"""
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """how fast it follows: by at most so much, as a power of e, each round"""
+
+    def next(self, clip: float, within: float) -> float:
+        """The clip after a round in which the noised share `within` was no longer than `clip`."""
+        return clip * math.exp(-self.rate * (min(1.0, max(0.0, within)) - self.quantile))
+
+
+class Privacy(Settings):
+    """Central differential privacy (McMahan et al. 2018, ICLR): the coordinator clips each update and adds noise to their sum."""
+
+    epsilon: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+    """the budget: the round that would spend more, over all runs in this database, is not opened, and the run ends"""
+    delta: Annotated[float, Field(gt=0, le=0.01)]
+    """the δ that goes with epsilon; it must be well below one over the number of clients"""
+    noise: Annotated[float, Field(ge=0.05, le=10_000, allow_inf_nan=False)]
+    """standard deviation of the noise over what one client can move, of all that a round gives; `choral privacy plan` says how much
+    is needed"""
+    clip: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] = 1.0
+    """Euclidean norm to which an update is shortened before it counts; the first, if it is adaptive"""
+    adaptive: AdaptiveClip | None = None
+    """let the clip follow the updates, with a fiftieth of each round's privacy; it stays as it is, if not given"""
+    sampling: Literal["poisson", "fixed", "none"] = "none"
+    """how a round's cohort is drawn from those who attend: poisson, each with the probability with which cohort_size are expected;
+    fixed, exactly cohort_size; both by the operating system's randomness, and counted in epsilon, which holds for whoever does
+    not learn who was drawn; none, and epsilon holds for everybody"""
+    accountant: Literal["rdp", "pld"] = "rdp"
+    """how epsilon is counted: rdp, at once; pld, lower, and a second or more for each round"""
+    discrete: bool = False
+    """add exactly discrete Gaussian noise, without any floating point, which takes eight times as long"""
+    metrics: dict[str, tuple[Bound, Bound]] | None = None
+    """what clients measure, with the smallest and largest value of each: what is beyond counts as that; the means get noise, for
+    `metrics_share` of each round's privacy; needed if evaluation.clients is on"""
+    metrics_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    """share of a training round's privacy that goes to metrics"""
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        if self.accountant == "pld" and self.sampling == "fixed":
+            raise ValueError("accountant: pld cannot account for sampling: fixed: take accountant: rdp, or sampling: poisson")
+        for name, (least, most) in (self.metrics or {}).items():
+            if not least < most:
+                raise ValueError(f"metrics.{name}: {least:g} to {most:g} is no range; give the smallest value first")
+        return self
+
+    @property
+    def drawn_by(self) -> Sampling:
+        """How cohorts are drawn."""
+        return Sampling(self.sampling)
+
+    @property
+    def counted_by(self) -> Accountant:
+        """How ε is counted."""
+        return Accountant(self.accountant)
+
+    def source(self) -> Noise:
+        """Where noise comes from, anew for each release."""
+        return discrete_gaussian() if self.discrete else gaussian()
+
+    @property
+    def shares(self) -> Shares:
+        """How a training round's privacy is divided."""
+        return Shares(_CLIP_SHARE if self.adaptive is not None else 0.0, self.metrics_share if self.metrics is not None else 0.0)
+
+    def must_suit(self, weight_cap: int | None, over_selection: float, secure: bool) -> None:
+        """Raises ValueError: other settings of the run would make untrue what is counted."""
+        if weight_cap not in (None, 1):
+            raise ValueError(
+                f"weight_cap {weight_cap} contradicts privacy: with weights by examples, noise that hides a client with few does "
+                "not hide one with many: leave it out, and each client counts alike"
+            )
+        if over_selection:
+            raise ValueError(
+                f"over_selection {over_selection:g} contradicts privacy: who is fast would push out who is not, and a client could "
+                "move the sum by another's result, too: leave it out, and raise cohort_size"
+            )
+        if secure:
+            raise ValueError(
+                "secure_aggregation contradicts privacy in this release: the coordinator clips each update, which it then does not "
+                "see: take one of the two"
+            )
+
+    def too_large(self, size: int) -> str | None:
+        """Why an update of so many elements cannot be clipped so finely; None: it can."""
+        rounding = math.sqrt(size) / 2 * self.shares.update(self.noise) / STEPS
+        if rounding < _LARGEST_ROUNDING:
+            return None
+        return f"run.privacy.noise {self.noise:g}: rounding moves {size} elements by {rounding:.2g} of the clip: lower it"
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Parts of the privacy of a round that tells more than one thing, each with its own noise: together they cost as one."""
+
+    clip: float
+    metrics: float
+
+    def update(self, total: float) -> float:
+        """The noise on the update for a `total` of all: 1/total² = 1/update² + 1/clip² + 1/metrics²."""
+        return total / math.sqrt(1 - self.clip - self.metrics)
+
+
+def noise_of(share: float, total: float) -> float:
+    """The noise on what gets `share` of a `total`."""
+    return total / math.sqrt(share)

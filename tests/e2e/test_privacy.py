@@ -1,0 +1,220 @@
+"""Differential privacy over real processes: a budget that holds, whoever dies, and what operators see of it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import Any
+
+import pytest
+from choral.privacy.accounting import Release, Sampling, epsilon, noise_for
+from choral_server import failpoints
+from e2e import exact
+from e2e.federation import Federation
+from safetensors.numpy import load_file
+
+ROUNDS, DELTA = 3, 1e-5
+RANGES = [(0, 10), (0, 10)]
+PRIVATE_TASK = exact.EXACT_TASK + f"task = replace(task, ranges={RANGES})\n"
+EVERYBODY = Release(3.0, Sampling.NONE, 2, 2)
+TERMS: dict[str, Any] = {"epsilon": 50.0, "delta": DELTA, "noise": 3.0, "metrics": {"loss": (0, 100), "mae": (0, 10)}}
+
+
+def configure(
+    federation: Federation,
+    rounds: int = ROUNDS,
+    run: dict[str, Any] | None = None,
+    others: dict[str, Any] | None = None,
+    **privacy: Any,
+) -> None:
+    """The exact task, of which clients measure each version, privately. The coordinator stays when the run is over."""
+    exact.configure(
+        federation, rounds, run={"privacy": TERMS | privacy} | (run or {}), **{"exit_when_done": False} | (others or {})
+    )
+    federation.write_task(PRIVATE_TASK, "exact")
+
+
+def spendings(federation: Federation, *arguments: object) -> dict[str, Any]:
+    """What `choral privacy show` says, with rounds oldest first."""
+    listing = federation.command("privacy", "show", "-c", federation.config, "--json", *arguments)
+    assert listing.code() == 0, listing.stderr
+    found: dict[str, Any] = json.loads(listing.stdout)
+    found["spendings"].reverse()
+    return found
+
+
+def test_a_run_ends_when_its_budget_is_spent(quick: Federation) -> None:
+    """Enough for the statistics and two rounds of ten: both are made, the third is refused, and everybody ends well."""
+    budget = (epsilon({EVERYBODY: 3}, DELTA) + epsilon({EVERYBODY: 4}, DELTA)) / 2
+    configure(quick, 10, epsilon=budget)
+    coordinator = quick.start_coordinator()
+    clients = [exact.start_client(quick, name) for name in exact.CLIENTS]
+    over = coordinator.saw("run over")
+    assert over["state"] == "finished"
+    assert over["reason"].startswith("the privacy budget is spent: ε is")
+    assert [client.code() for client in clients] == [0, 0]
+    found = spendings(quick)
+    assert [one["kind"] for one in found["spendings"]] == ["ROUND_KIND_STATISTICS", *["ROUND_KIND_TRAINING"] * 2]
+    assert {one["state"] for one in found["spendings"]} == {"spent"}
+    for number, one in enumerate(found["spendings"]):
+        assert one["epsilon_models"] == one["epsilon_coordinator"] == epsilon({EVERYBODY: number + 1}, DELTA)
+    assert found["budget"]["epsilon_models"] == found["spendings"][-1]["epsilon_models"] <= budget
+    assert found["budget"]["rounds_left"] == "0"
+    told = [event["told"] for event in quick.rows("events") if event["what"] == "privacy budget spent"]
+    assert told == [over["reason"]]
+    assert len(quick.rows("versions", "list")) == 4  # 0, the statistics', and two
+    coordinator.terminate()
+    assert coordinator.code() == 0
+    again = quick.start_coordinator()  # nor is there more after a restart
+    assert again.saw("run over")["reason"] == over["reason"]
+    assert len(spendings(quick)["spendings"]) == 3
+
+
+def test_a_round_that_is_abandoned_costs_nothing_and_a_rollback_gives_nothing_back(quick: Federation) -> None:
+    configure(quick, 2, run={"max_abandoned": 99, "deadline_s": 0.2})
+    coordinator = quick.start_coordinator()
+    clients = [exact.start_client(quick, name) for name in exact.CLIENTS]
+    coordinator.saw("run over")
+    returned = [one for one in spendings(quick)["spendings"] if one["state"] == "returned"]
+    spent = [one for one in spendings(quick)["spendings"] if one["state"] == "spent"]
+    abandoned = [one for one in quick.rows("rounds", "list") if one["state"] == "ROUND_STATE_ABANDONED"]
+    assert len(returned) == len(abandoned)
+    assert spent[-1]["epsilon_models"] == pytest.approx(epsilon({EVERYBODY: len(spent)}, DELTA))
+    assert [client.code() for client in clients] == [0, 0]
+    coordinator.terminate()
+    coordinator.code()
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        *("round-opened:before#2", "round-opened:after#2", "round-closed:before#2", "round-closed:after#2"),
+        *("upload-folded#5", "sum-written#2", "checkpoint-written#4", "version-published:before#3", "version-published:after#3"),
+    ],
+)
+def test_whenever_the_coordinator_dies_each_round_is_paid_for_once(quick: Federation, death: str) -> None:
+    configure(quick, sampling="none", adaptive={})
+    doomed = quick.start_coordinator(environment={failpoints.VARIABLE: death})
+    clients = [exact.start_client(quick, name) for name in exact.CLIENTS]
+    assert doomed.code() == -signal.SIGKILL
+    again = quick.start_coordinator()
+    again.saw("run over")
+    found = spendings(quick)
+    paid = [one for one in found["spendings"] if one["state"] == "spent"]
+    assert len(paid) == ROUNDS + 2  # the statistics before, and a last measurement
+    assert found["budget"]["epsilon_models"] == epsilon({EVERYBODY: len(paid)}, DELTA)
+    assert [client.code() for client in clients] == [0, 0]
+    again.terminate()
+    assert again.code() == 0
+    audit = quick.command("audit", "verify", "-c", quick.config)
+    assert audit.code() == 0, audit.stdout + audit.stderr
+
+
+def test_noise_is_never_the_same_again(quick: Federation) -> None:
+    """The coordinator dies when a version is written and not yet known; after it, the same sum gets other noise."""
+    configure(quick, 1, others={"exit_when_done": True})
+    doomed = quick.start_coordinator(environment={failpoints.VARIABLE: "checkpoint-written#3"})
+    clients = [exact.start_client(quick, name) for name in exact.CLIENTS]
+    assert doomed.code() == -signal.SIGKILL
+    drafts = [path for path in quick.versions.rglob("*") if path.is_file() and "2" in path.name and path.suffix != ".state"]
+    before = {path.name: path.read_bytes() for path in drafts}
+    again = quick.start_coordinator()
+    assert [process.code() for process in (again, *clients)] == [0, 0, 0]
+    after = (quick.versions / "2.safetensors").read_bytes()
+    assert before, "a draft was left"
+    assert after not in before.values()
+
+
+def test_who_is_drawn_decides_and_nobody_is_too_few(quick: Federation) -> None:
+    """Poisson sampling of one in three on the average: rounds of none, one, two and three all count and make a version."""
+    configure(
+        quick,
+        12,
+        run={"cohort_size": 1, "strategy": {"name": "fedavg"}},
+        others={"evaluation": {"clients": False}},
+        sampling="poisson",
+        metrics=None,
+    )
+    coordinator = quick.start_coordinator()
+    clients = [exact.start_client(quick, name) for name in exact.CLIENTS]
+    coordinator.saw("run over")
+    rounds = [one for one in quick.rows("rounds", "list") if one["kind"] == "ROUND_KIND_TRAINING"]
+    assert len(rounds) == 12
+    assert {one["state"] for one in rounds} == {"ROUND_STATE_DONE"}
+    found = spendings(quick)
+    trained = [one for one in found["spendings"] if one["kind"] == "ROUND_KIND_TRAINING"]
+    assert {(one["sampling"], one["expected"]) for one in trained} == {("poisson", "1")}
+    releases: dict[Release, int] = {}
+    for one in found["spendings"]:
+        release = Release(one["noise"], Sampling(one["sampling"]), int(one["expected"]), int(one["population"]))
+        releases[release] = releases.get(release, 0) + 1
+        assert one["epsilon_models"] == epsilon(releases, DELTA)
+        assert one["epsilon_coordinator"] == epsilon(releases, DELTA, amplified=False)
+    first, second = (load_file(quick.versions / f"{number}.safetensors") for number in (2, 3))
+    assert all((first[name] != second[name]).any() for name in first if "weight" in name)  # noise, whoever was drawn
+    took_part = sum(part["client"] == "alice" and part["state"] == "accepted" for one in rounds for part in one["parts"])
+    alice = spendings(quick, "--client", "alice")
+    assert len([one for one in alice["spendings"] if one["kind"] == "ROUND_KIND_TRAINING"]) == took_part
+    assert alice["epsilon_client"] <= found["budget"]["epsilon_coordinator"]
+    assert [client.code() for client in clients] == [0, 0]
+    coordinator.terminate()
+    coordinator.code()
+
+
+def test_a_device_that_wants_a_bound_of_its_own_takes_part_in_nothing_that_rests_on_a_word(quick: Federation) -> None:
+    configure(quick, 1)
+    coordinator = quick.start_coordinator()
+    guard = quick.folder / "alice" / "client" / "guard.yaml"
+    guard.parent.mkdir(parents=True, exist_ok=True)
+    guard.write_text("max_epsilon: 8.0\n")
+    alice = exact.start_client(quick, "alice")
+    exact.start_client(quick, "bob")
+    assert "the coordinator's word" in alice.saw("declined")["reason"]
+    coordinator.saw("round abandoned")
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "told"),
+    [
+        ({}, {"privacy": TERMS | {"noise": 0}}, "run.privacy.noise: 0 is not allowed"),
+        ({}, {"privacy": {"epsilon": 1.0}}, "run.privacy.delta is missing"),
+        ({"over_selection": 0.5}, {}, "over_selection 0.5 contradicts privacy"),
+        ({"weight_cap": 100}, {}, "weight_cap 100 contradicts privacy"),
+        ({"secure_aggregation": {"minimum_cohort": 2}}, {}, "secure_aggregation contradicts privacy in this release"),
+        ({}, {"privacy": {**TERMS, "metrics": None}}, "evaluation.clients with run.privacy"),
+        ({}, {"privacy": {**TERMS, "metrics": {"loss": (0, 1)}}}, "clients of task exact measure loss, mae: give one for each"),
+        ({}, {"privacy": {**TERMS, "metrics": {"loss": (1, 0), "mae": (0, 1)}}}, "metrics.loss: 1 to 0 is no range"),
+        ({}, {"privacy": {**TERMS, "epsilon": 0.1}}, "one round with noise 3 costs ε"),
+        (
+            {},
+            {"privacy": {**TERMS, "sampling": "fixed", "accountant": "pld"}},
+            "accountant: pld cannot account for sampling: fixed",
+        ),
+    ],
+)
+def test_what_cannot_be_promised_is_refused_at_the_start(
+    quick: Federation, run: dict[str, Any], changes: dict[str, Any], told: str
+) -> None:
+    configure(quick, run=run | changes)
+    coordinator = quick.start_coordinator()
+    assert coordinator.code() == 2
+    assert told in coordinator.stderr
+    assert "Traceback" not in coordinator.stderr
+
+
+def test_features_without_known_bounds_are_not_measured(quick: Federation) -> None:
+    configure(quick)
+    quick.write_task(exact.EXACT_TASK, "exact")
+    coordinator = quick.start_coordinator()
+    assert coordinator.code() == 2
+    assert "give the Task its `ranges`" in coordinator.stderr
+
+
+def test_a_plan_is_what_the_coordinator_then_does(quick: Federation) -> None:
+    planned = quick.command(
+        "privacy", "plan", "--clients", 2, "--cohort", 2, "--rounds", 5, "--epsilon", 4, "--sampling", "none", "--json"
+    )
+    found = json.loads(planned.stdout)
+    everybody = lambda noise: {Release(noise, Sampling.NONE, 2, 2): 5}  # noqa: E731
+    assert found["noise"] == noise_for(4.0, DELTA, everybody)
+    assert found["epsilon_models"] == found["epsilon_coordinator"] == epsilon(everybody(found["noise"]), DELTA) <= 4.0
