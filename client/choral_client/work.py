@@ -80,8 +80,8 @@ class Work:
             return Result((Moments.of(self._features()).to_vector().astype("<f8").tobytes(),))
         held_out = self._measure() if plan.evaluate else ()
         if plan.kind is Kind.EVALUATION:
-            return Result((), _some(held_out))
-        work = self._train(plan, stop)
+            return Result((), held_out if plan.noised else _some(held_out))
+        work = self._train_or_not(plan, checkpoint, stop) if plan.noised else self._train(plan, stop)
         return Result(_encoded(self._moved(checkpoint), codec, plan.seed, feedback), held_out, work)
 
     def contribute(self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event) -> Summand:
@@ -154,6 +154,18 @@ class Work:
         if loss is not None:
             work.append(Metric(f"train_{LOSS}", loss, self._shard.size))
         return tuple(work)
+
+    def _train_or_not(self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event) -> tuple[Metric, ...]:
+        """Train the model; if that comes to no number, it stays as it was, and its update is nothing."""
+        try:
+            work = self._train(plan, stop)
+            if all(bool(torch.isfinite(tensor).all()) for tensor in self._model.state_dict().values()):
+                return work
+            log.warning("no change is sent", reason="the trained model holds an infinite or undefined number")
+        except Declined as error:
+            log.warning("no change is sent", reason=str(error))
+        self._load(checkpoint)
+        return ()
 
 
 def _some(held_out: tuple[Metric, ...]) -> tuple[Metric, ...]:

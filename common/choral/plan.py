@@ -66,6 +66,8 @@ class Plan:
     """how many results the round is to be made of; 0: the coordinator does not say"""
     secure: SecurePlan | None = None
     """how results are summed; None: each is sent as it is"""
+    noised: bool = False
+    """whether noise is added to the sum: whether the work comes to a number must then not be seen by whether a result comes"""
 
 
 def digest_of(plan: Plan) -> bytes:
@@ -78,6 +80,8 @@ def digest_of(plan: Plan) -> bytes:
         "evaluate": plan.evaluate,
         "cohort": plan.cohort,
     }
+    if plan.noised:
+        common["noised"] = True
     if plan.secure is not None:
         common["secure"] = asdict(plan.secure)
     return hashlib.sha256(b"choral plan 1" + canonical(common).encode()).digest()

@@ -190,6 +190,7 @@ def plan_to_pb(plan: Plan) -> pb.Plan:
         evaluate=plan.evaluate,
         cohort=plan.cohort,
         secure=pb.SecurePlan(**asdict(plan.secure)) if plan.secure is not None else None,
+        noised=plan.noised,
     )
 
 
@@ -204,7 +205,7 @@ def plan_from_pb(message: pb.Plan) -> Plan:
     kind = _known(_KINDS_BACK, message.kind, "round kind")
     task, version = brief(message.task), brief(message.task_version)
     secure = _secure_from_pb(message.secure) if message.HasField("secure") else None
-    return Plan(kind, task, version, training, message.seed, message.evaluate, message.cohort, secure)
+    return Plan(kind, task, version, training, message.seed, message.evaluate, message.cohort, secure, message.noised)
 
 
 def _secure_from_pb(message: pb.SecurePlan) -> SecurePlan:

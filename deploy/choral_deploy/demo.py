@@ -34,7 +34,9 @@ METRIC = "mse"
 _MARK = ".choral-demo"
 _CLI = "choral_deploy.cli"
 _TRAINING = KINDS[Kind.TRAINING]
-DELTA, CLIP = 1e-5, 0.5
+DELTA = 1e-5
+_BEARABLE = 0.03
+"""standard deviation of the noise on each weight that the model bears in a round: with it the clip shrinks where clients are few"""
 _NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy")
 
 
@@ -140,7 +142,8 @@ def _privacy(rounds: int, clients: int, epsilon: float) -> dict[str, Any]:
     from choral.privacy.accounting import Release, noise_for
 
     noise = noise_for(epsilon, DELTA, lambda noise: {Release(noise, expected=clients, population=clients): rounds + 1})
-    return {"privacy": {"epsilon": epsilon, "delta": DELTA, "noise": noise, "clip": CLIP}}
+    clip = min(1.0, _BEARABLE * clients / noise)
+    return {"privacy": {"epsilon": epsilon, "delta": DELTA, "noise": noise, "clip": clip}}
 
 
 def _configure(out: Path, rounds: int, clients: int, seed: int, test_set: Path, special: dict[str, Any]) -> Path:

@@ -63,7 +63,7 @@ class Answer:
         Console().print(table)
         print(  # noqa: T201
             f"run:\n  rounds: {self.rounds}\n  cohort_size: {self.cohort}\n  privacy:\n    epsilon: {_up(self.epsilon_models)}\n"
-            f"    delta: {self.delta:g}\n    noise: {_up(self.noise)}\n    sampling: {self.sampling}\n"
+            f"    delta: {_delta(self.delta)}\n    noise: {_up(self.noise)}\n    sampling: {self.sampling}\n"
             f"    accountant: {self.accountant}"
         )
 
@@ -114,6 +114,12 @@ def _shown(what: str, work: Callable[[], T]) -> T:
 
     with Console(stderr=True).status(f"looking for {what}"):
         return work()
+
+
+def _delta(delta: float) -> str:
+    """As YAML reads a number: 1e-05 would be a text."""
+    mantissa, _, exponent = f"{delta:g}".partition("e")
+    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if exponent else mantissa
 
 
 def _up(number: float) -> str:

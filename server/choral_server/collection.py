@@ -106,7 +106,7 @@ class Collection:
         self.run = run
         self.round = round
         self.spool = spool
-        aggregate, size_bytes = run.aggregate(round), run.payload_bytes(round.kind, "").most
+        aggregate, size_bytes = run.aggregate(round.kind, round.goal, run.spending(round)), run.payload_bytes(round.kind, "").most
         self.tally = Tally(aggregate, spool, size_bytes, house.spool_bytes, house.troubles)
         self._house = house
         self._sum = self._secure_groups(aggregate) if isinstance(aggregate, MaskedSum | GroupedSum) else None
@@ -475,7 +475,8 @@ class Collection:
     def bounds(self) -> Bounds:
         """What a payload is held against."""
         settings, model = self.run.settings, self.run.model
-        return Bounds(max(settings.cohort_size, self.round.goal), model.manifest.size, model.features, settings.max_update_norm)
+        most, private = max(settings.cohort_size, self.round.goal), settings.privacy is not None
+        return Bounds(most, model.manifest.size, model.features, settings.max_update_norm, private)
 
     async def submit(self, upload: Upload) -> Receipt:
         """Offer an admissible result; its receipt, once that is stored."""

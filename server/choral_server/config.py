@@ -254,7 +254,8 @@ class RunSettings(Settings):
                 "may be longer than any that was trained: remove max_update_norm, or take upload: int8"
             )
         if self.privacy is not None:
-            self.privacy.must_suit(self.weight_cap, self.over_selection, self.secure_aggregation is not None)
+            others = self.weight_cap, self.over_selection, self.max_update_norm, self.secure_aggregation is not None
+            self.privacy.must_suit(*others)
         if (secure := self.secure_aggregation) is not None:
             if self.compression.codec is not FLOAT32:
                 raise ValueError(

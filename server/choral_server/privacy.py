@@ -51,7 +51,7 @@ class Privacy(Settings):
     """how epsilon is counted: rdp, at once; pld, lower, and a second or more for each round"""
     discrete: bool = False
     """add exactly discrete Gaussian noise, without any floating point, which takes eight times as long"""
-    metrics: dict[str, tuple[Bound, Bound]] | None = None
+    metrics: dict[str, Annotated[tuple[Bound, Bound], Field(strict=False)]] | None = None
     """what clients measure, with the smallest and largest value of each: what is beyond counts as that; the means get noise, for
     `metrics_share` of each round's privacy; needed if evaluation.clients is on"""
     metrics_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
@@ -85,7 +85,7 @@ class Privacy(Settings):
         """How a training round's privacy is divided."""
         return Shares(_CLIP_SHARE if self.adaptive is not None else 0.0, self.metrics_share if self.metrics is not None else 0.0)
 
-    def must_suit(self, weight_cap: int | None, over_selection: float, secure: bool) -> None:
+    def must_suit(self, weight_cap: int | None, over_selection: float, max_update_norm: float | None, secure: bool) -> None:
         """Raises ValueError: other settings of the run would make untrue what is counted."""
         if weight_cap not in (None, 1):
             raise ValueError(
@@ -96,6 +96,10 @@ class Privacy(Settings):
             raise ValueError(
                 f"over_selection {over_selection:g} contradicts privacy: who is fast would push out who is not, and a client could "
                 "move the sum by another's result, too: leave it out, and raise cohort_size"
+            )
+        if max_update_norm is not None:
+            raise ValueError(
+                f"max_update_norm {max_update_norm:g} contradicts privacy: that an update is refused tells of it; clip shortens it"
             )
         if secure:
             raise ValueError(

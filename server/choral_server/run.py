@@ -196,7 +196,8 @@ class Run:
         if (settings := self.settings.secure_aggregation) is not None:
             name = f"{self.record.name}/{self.record.nonce}"
             secure = settings.plan(kind, name, goal, self.settings.cap, self.settings.max_update_norm)
-        return Plan(kind, self.record.task, self.record.task_version, self.training, seed, evaluate, goal, secure)
+        noised = self.settings.privacy is not None
+        return Plan(kind, self.record.task, self.record.task_version, self.training, seed, evaluate, goal, secure, noised)
 
     def layout(self, plan: Plan) -> Layout:
         """How a result that is summed securely is laid out."""
@@ -242,10 +243,13 @@ class Run:
             return ()
         return (replace(spending, state=SpendingState.RETURNED),)
 
-    def aggregate(self, round: Round) -> Aggregate:
-        """An empty aggregate for a round; there is one at a time."""
-        kind, goal = round.kind, round.goal
-        if (private := self.settings.privacy) is not None and (spending := self.spending(round)) is not None:
+    def aggregate(self, kind: Kind, goal: int, spending: SpendingRecord | None = None) -> Aggregate:
+        """An empty aggregate for a round of this kind that is to be made of `goal` results; there is one at a time.
+
+        `spending` is what was set aside for it, if it is private.
+        """
+        if (private := self.settings.privacy) is not None:
+            assert spending is not None, "a private round is opened with it, and one that was not is given up"
             return self._private_aggregate(kind, private, spending)
         plan, settings = self.plan(kind, goal, 0), self.settings.secure_aggregation
         if settings is not None and plan.secure is not None:

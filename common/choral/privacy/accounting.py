@@ -6,6 +6,7 @@ No formula here is our own. The library needs SciPy and two seconds to import, s
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,6 +135,7 @@ def _library() -> Any:
         import dp_accounting
     except ImportError as error:
         raise ConfigError(f"privacy accounting needs the extra privacy ({error}): pip install 'choral[privacy]'") from error
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of each order that it leaves out, which only makes ε larger
     return dp_accounting
 
 

@@ -482,6 +482,7 @@ class Plan(google.protobuf.message.Message):
     EVALUATE_FIELD_NUMBER: builtins.int
     COHORT_FIELD_NUMBER: builtins.int
     SECURE_FIELD_NUMBER: builtins.int
+    NOISED_FIELD_NUMBER: builtins.int
     kind: choral.v1.model_pb2.RoundKind.ValueType
     """Which kind of work."""
     task: builtins.str
@@ -500,6 +501,8 @@ class Plan(google.protobuf.message.Message):
     """Whether to measure the version on the held-out examples before the work."""
     cohort: builtins.int
     """How many results the round is to be made of. Unit: clients."""
+    noised: builtins.bool
+    """Whether noise is added to the sum: work that comes to no number is then sent as no change, for to decline would tell of the data."""
     @property
     def secure(self) -> global___SecurePlan:
         """How the results are summed so that the coordinator sees the sum alone; absent: each is sent as it is."""
@@ -517,9 +520,10 @@ class Plan(google.protobuf.message.Message):
         evaluate: builtins.bool = ...,
         cohort: builtins.int = ...,
         secure: global___SecurePlan | None = ...,
+        noised: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["secure", b"secure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "cohort", b"cohort", "epochs", b"epochs", "evaluate", b"evaluate", "kind", b"kind", "learning_rate", b"learning_rate", "secure", b"secure", "seed", b"seed", "task", b"task", "task_version", b"task_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "cohort", b"cohort", "epochs", b"epochs", "evaluate", b"evaluate", "kind", b"kind", "learning_rate", b"learning_rate", "noised", b"noised", "secure", b"secure", "seed", b"seed", "task", b"task", "task_version", b"task_version"]) -> None: ...
 
 global___Plan = Plan
 
