@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,3 +110,35 @@ def test_a_metric_that_raises_is_named() -> None:
     broken = Task("small", model, mse_loss, load=lambda path: TensorDataset(), metrics={"auc": wrong})
     with pytest.raises(TaskError, match="task small: evaluation raised ValueError: no such class"):
         Work(broken, SHARD).do(plan(Kind.TRAINING, evaluate=True), checkpoint(), threading.Event())
+
+
+@pytest.mark.parametrize("rate", [1e30, 3e38])
+def test_work_that_comes_to_no_number_is_no_change_where_noise_is_added(rate: float) -> None:
+    """Whether a result comes, and how it is refused, would tell of the data, and no noise is on that."""
+    asked = Plan(Kind.TRAINING, "small", "1", Training(epochs=3, batch_size=1, learning_rate=rate), 4, evaluate=False)
+    start = checkpoint((1, 0), 1, mean=(1, 2))
+    with pytest.raises(Declined, match="the loss is"):
+        Work(task(), SHARD).do(asked, start, threading.Event())
+    result = Work(task(), SHARD).do(replace(asked, noised=True), start, threading.Event())
+    assert np.frombuffer(b"".join(result.payload), "<f4").tolist() == [0.0, 0.0, 0.0]
+    assert result.work == ()
+
+
+def test_a_model_that_has_come_to_no_number_with_a_good_loss_is_no_change_either() -> None:
+    asked = Plan(Kind.TRAINING, "small", "1", Training(epochs=1, batch_size=2, learning_rate=3e38), 4, evaluate=False, noised=True)
+    result = Work(task(), SHARD).do(asked, checkpoint((1, 0), 1, mean=(1, 2)), threading.Event())
+    assert np.frombuffer(b"".join(result.payload), "<f4").tolist() == [0.0, 0.0, 0.0]
+
+
+def test_good_work_is_the_same_where_noise_is_added() -> None:
+    plain, noised = (
+        Work(task(), SHARD).do(replace(plan(Kind.TRAINING), noised=noised), checkpoint((1, 0)), threading.Event())
+        for noised in (False, True)
+    )
+    assert b"".join(plain.payload) == b"".join(noised.payload) != bytes(12)
+
+
+def test_nobody_says_that_it_has_nothing_to_measure_with_where_noise_is_added() -> None:
+    work = Work(task(), Shard(TRAINING, None, 2))
+    asked = replace(plan(Kind.EVALUATION, evaluate=True), noised=True)
+    assert work.do(asked, checkpoint(), threading.Event()).held_out == ()

@@ -214,3 +214,13 @@ async def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, content: 
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"1\.safetensors: "):
         GlobalModel(Here(PLAIN, 0).blueprint).load(path)
+
+
+async def test_no_noise_makes_a_variance_negative(tmp_path: Path) -> None:
+    model = await _begun(tmp_path, lambda: nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    model.write_trained(tmp_path / "1.safetensors", {}, lambda weights, _: weights - np.float32(0.25) * 8)
+    before, after = (load_file(tmp_path / f"{number}.safetensors") for number in (0, 1))
+    assert after["1.running_var"].tolist() == [0.0] * 3
+    for name in ("0.weight", "1.weight", "1.running_mean"):
+        assert torch.equal(after[name], before[name] - 2)
+    assert torch.equal(after["1.num_batches_tracked"], before["1.num_batches_tracked"])

@@ -1,0 +1,81 @@
+"""`choral privacy plan` and `audit`, as they are typed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+from choral.config import parse
+from choral_deploy.cli import app
+from choral_server.config import RunSettings
+from typer.testing import CliRunner
+
+MANY = ["--clients", "1000", "--cohort", "50"]
+
+
+def said(*arguments: str) -> dict[str, Any]:
+    found = CliRunner().invoke(app, ["privacy", *arguments, "--json"], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    told: dict[str, Any] = json.loads(found.stdout)
+    return told
+
+
+def test_what_rounds_cost() -> None:
+    found = said("plan", *MANY, "--rounds", "200", "--noise", "1")
+    assert found["epsilon_models"] == pytest.approx(5.367864, abs=1e-6)
+    assert found["epsilon_coordinator"] == pytest.approx(166.0355, abs=1e-3)
+
+
+def test_how_much_noise_is_needed_and_for_how_many_rounds_it_is_enough() -> None:
+    found = said("plan", *MANY, "--rounds", "200", "--epsilon", "4")
+    assert 1.1 < found["noise"] < 1.2
+    assert found["epsilon_models"] <= 4
+    again = said("plan", *MANY, "--noise", str(found["noise"]), "--epsilon", "4")
+    assert again["rounds"] == 200
+
+
+@pytest.mark.parametrize("delta", ["1e-5", "0.00002", "1.5e-7"])
+def test_what_it_prints_is_a_configuration(delta: str) -> None:
+    found = CliRunner().invoke(app, ["privacy", "plan", *MANY, "--rounds", "20", "--epsilon", "2", "--delta", delta])
+    lines = found.stdout[found.stdout.index("run:") :]
+    run = parse(yaml.safe_load(lines)["run"], RunSettings, "what was printed")
+    assert run.privacy is not None
+    assert (run.rounds, run.cohort_size, run.privacy.delta) == (20, 50, float(delta))
+    costs = said("plan", *MANY, "--rounds", "20", "--noise", str(run.privacy.noise), "--delta", delta)
+    assert costs["epsilon_models"] <= run.privacy.epsilon <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([*MANY, "--rounds", "5"], "give two of --rounds, --epsilon and --noise, and the third is found; --rounds is given"),
+        ([*MANY, "--rounds", "5", "--epsilon", "1", "--noise", "1"], "give two of"),
+        (["--clients", "5", "--cohort", "6", "--rounds", "1", "--noise", "1"], "--cohort 6: is more than --clients 5"),
+        ([*MANY, "--noise", "1", "--epsilon", "-1"], "--epsilon -1: give a number above 0"),
+        ([*MANY, "--noise", "1", "--epsilon", "0.01", "--sampling", "none"], "not enough for one round with noise 1"),
+        ([*MANY, "--rounds", "9", "--noise", "1", "--delta", "2"], "--delta 2: give a probability"),
+        ([*MANY, "--rounds", "9", "--noise", "1", "--sampling", "fixed", "--accountant", "pld"], "take accountant rdp"),
+    ],
+)
+def test_what_cannot_be_answered_is_said(arguments: list[str], told: str) -> None:
+    found = CliRunner().invoke(app, ["privacy", "plan", *arguments])
+    assert found.exit_code != 0
+    assert told in str(found.exception)
+
+
+@pytest.mark.parametrize("source", ["gaussian", "discrete"])
+def test_an_audit_finds_nothing_where_the_promise_holds(source: str) -> None:
+    found = said("audit", "--noise", "1.5", "--rounds", "1", "--source", source, "--confidence", "0.999999")
+    assert found["epsilon_at_least"] <= found["epsilon_promised"] < 3
+    assert found["right"] > 110  # of 200: better than a coin
+    assert found["guesses"] == 200
+
+
+def test_an_audit_finds_that_the_noise_is_missing() -> None:
+    found = CliRunner().invoke(app, ["privacy", "audit", "--noise", "1.5", "--source", "none", "--json"])
+    assert found.exit_code == 1
+    told = json.loads(found.stdout)
+    assert told["right"] == told["guesses"]
+    assert told["epsilon_at_least"] > 3 > told["epsilon_promised"]
