@@ -33,7 +33,8 @@ def test_a_character_that_was_mistyped_is_found(token: Token, data: st.DataObjec
 def test_a_piece_that_is_missing_is_found(token: Token, count: int) -> None:
     with pytest.raises(TrustError) as refused:
         Token.parse(str(token)[:-count])
-    assert str(token)[8:-count] == "" or str(token)[8:-count] not in str(refused.value)
+    if len(left := str(token)[8:-count]) > 8:  # less is in any sentence
+        assert left not in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["", "choral-", "choral", "x" * 5000, "choral-" + "A" * 5000, "choral-é", "choral-\0"])
