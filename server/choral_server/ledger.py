@@ -6,13 +6,14 @@ an abandoned round nothing is released, and it counts no more. A rollback gives 
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
 from choral.plan import Kind
-from choral.privacy.accounting import Accountant, Release, Sampling, epsilon, rounds_for
+from choral.privacy.accounting import Account, Accountant, Release, Sampling, epsilon, rounds_for
 
 from choral_server.cohort import Draw
 from choral_server.privacy import Privacy
@@ -38,15 +39,19 @@ class Ledger:
     def __init__(self, settings: Privacy, spendings: dict[RoundKey, SpendingRecord]) -> None:
         self.settings = settings
         self._spendings = spendings
+        self._counting = threading.Lock()  # threads ask, for a round and for an operator
+        self._accounts = {amplified: Account(settings.counted_by, amplified) for amplified in (True, False)}
 
     def price(self, run: str, round: int, kind: Kind, draw: Draw, clip: float, now: datetime) -> SpendingRecord:
         """What a round over these clients is set aside for. Slow: call it in a thread. Raises ConfigError."""
         settings = self.settings
         sampling = settings.drawn_by if kind is Kind.TRAINING else Sampling.NONE  # of the others everybody is asked
         release = Release(settings.noise, sampling, draw.expected, draw.population)
-        counted = Counter(counted_releases(self._spendings.values()))
-        counted[release] += 1
-        models, known = (epsilon(counted, settings.delta, settings.counted_by, amplified=amplified) for amplified in (True, False))
+        counted = self._counted
+        with self._counting:
+            for account in self._accounts.values():
+                account.settle(counted)  # no round is under way
+        models, known = self._both(counted + Counter([release]))
         return SpendingRecord(run, round, kind, now, release, clip, settings.delta, models, known)
 
     def overspent(self, spending: SpendingRecord) -> str | None:
@@ -65,12 +70,22 @@ class Ledger:
 
     def left(self) -> Left:
         """What there was, what is spent, and for how many rounds like the newest it is still enough. Slow."""
-        settings, counted = self.settings, counted_releases(self._spendings.values())
-        models, known = (epsilon(counted, settings.delta, settings.counted_by, amplified=amplified) for amplified in (True, False))
-        trained = (one.release for one in reversed(self._spendings.values()) if one.kind is Kind.TRAINING)
+        settings, counted = self.settings, self._counted
+        models, known = self._both(counted)
+        trained = (one.release for one in reversed(list(self._spendings.values())) if one.kind is Kind.TRAINING)
         release = next(trained, Release(settings.noise))
         rounds = rounds_for(settings.epsilon, settings.delta, release, Accountant.RDP, counted)  # which is fast, and never too many
         return Left(settings.epsilon, settings.delta, models, known, rounds)
+
+    def _both(self, releases: Counter[Release]) -> tuple[float, float]:
+        """ε for who does not know who was drawn, and for who does."""
+        with self._counting:
+            models, known = (self._accounts[amplified].epsilon(releases, self.settings.delta) for amplified in (True, False))
+        return models, known
+
+    @property
+    def _counted(self) -> Counter[Release]:
+        return counted_releases(list(self._spendings.values()))  # all at once: rounds may open meanwhile
 
     def clip(self, run: str) -> float:
         """What updates of the next round are shortened to."""

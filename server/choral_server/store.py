@@ -424,7 +424,7 @@ class Store:
     async def watch(self) -> AsyncIterator[Told]:
         """All runs, clients and members as they are, then every change; who is behind gets only the newest state of each."""
         watcher = _Watcher()
-        present: list[Told] = [*self.runs.values(), *self.clients.values(), *self.members.values(), *self.spendings.values()]
+        present: list[Told] = [*self.runs.values(), *self.clients.values(), *self.members.values()]
         for record in present:
             watcher.tell(record)
         self._watchers.add(watcher)

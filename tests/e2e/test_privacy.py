@@ -69,7 +69,7 @@ def test_a_run_ends_when_its_budget_is_spent(quick: Federation) -> None:
     assert [one["kind"] for one in found["spendings"]] == ["ROUND_KIND_STATISTICS", *["ROUND_KIND_TRAINING"] * 2]
     assert {one["state"] for one in found["spendings"]} == {"spent"}
     for number, one in enumerate(found["spendings"]):
-        assert one["epsilon_models"] == one["epsilon_coordinator"] == epsilon({EVERYBODY: number + 1}, DELTA)
+        assert one["epsilon_models"] == one["epsilon_coordinator"] == pytest.approx(epsilon({EVERYBODY: number + 1}, DELTA))
     assert found["budget"]["epsilon_models"] == found["spendings"][-1]["epsilon_models"] <= budget
     assert found["budget"]["rounds_left"] == "0"
     told = [event["told"] for event in quick.rows("events") if event["what"] == "privacy budget spent"]
@@ -112,7 +112,7 @@ def test_whenever_the_coordinator_dies_each_round_is_paid_for_once(quick: Federa
     found = spendings(quick)
     paid = [one for one in found["spendings"] if one["state"] == "spent"]
     assert len(paid) == ROUNDS + 2  # the statistics before, and a last measurement
-    assert found["budget"]["epsilon_models"] == epsilon({EVERYBODY: len(paid)}, DELTA)
+    assert found["budget"]["epsilon_models"] == pytest.approx(epsilon({EVERYBODY: len(paid)}, DELTA))
     end(again)
     audit = quick.command("audit", "verify", "-c", quick.config)
     assert audit.code() == 0, audit.stdout + audit.stderr
@@ -158,8 +158,8 @@ def test_who_is_drawn_decides_and_nobody_is_too_few(quick: Federation) -> None:
     for one in found["spendings"]:
         release = Release(one["noise"], Sampling(one["sampling"]), int(one["expected"]), int(one["population"]))
         releases[release] = releases.get(release, 0) + 1
-        assert one["epsilon_models"] == epsilon(releases, DELTA)
-        assert one["epsilon_coordinator"] == epsilon(releases, DELTA, amplified=False)
+        assert one["epsilon_models"] == pytest.approx(epsilon(releases, DELTA))
+        assert one["epsilon_coordinator"] == pytest.approx(epsilon(releases, DELTA, amplified=False))
     first, second = (load_file(quick.versions / f"{number:06}.safetensors") for number in (2, 3))
     assert all((first[name] != second[name]).any() for name in first if "weight" in name)  # noise, whoever was drawn
     took_part = sum(part["client"] == "alice" and part["state"] == "accepted" for one in rounds for part in one["parts"])

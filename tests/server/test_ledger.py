@@ -31,8 +31,8 @@ def test_each_round_costs_what_the_accountant_says_of_all_until_then() -> None:
     for number in range(4):
         spent = spend(ledger, spendings, number)
         assert (spent.release, spent.clip, spent.delta, spent.state) == (release, 0.5, 1e-5, SpendingState.RESERVED)
-        assert spent.epsilon_models == epsilon({release: number + 1}, 1e-5)
-        assert spent.epsilon_coordinator == epsilon({release: number + 1}, 1e-5, amplified=False)
+        assert spent.epsilon_models == pytest.approx(epsilon({release: number + 1}, 1e-5))
+        assert spent.epsilon_coordinator == pytest.approx(epsilon({release: number + 1}, 1e-5, amplified=False))
 
 
 @pytest.mark.parametrize("kind", [Kind.STATISTICS, Kind.EVALUATION])
@@ -46,7 +46,7 @@ def test_what_is_set_aside_and_what_is_spent_count_and_what_is_returned_does_not
     first = spend(ledger, spendings, 0)
     reserved = spend(ledger, spendings, 1).epsilon_models
     spendings["run", 1] = replace(spendings["run", 1], state=SpendingState.RETURNED)
-    assert spend(ledger, spendings, 2).epsilon_models == reserved
+    assert spend(ledger, spendings, 2).epsilon_models == pytest.approx(reserved)
     spendings["run", 2] = replace(spendings["run", 2], state=SpendingState.SPENT)
     assert spend(ledger, spendings, 3).epsilon_models > reserved > first.epsilon_models
 
@@ -80,7 +80,7 @@ def test_how_many_rounds_are_left() -> None:
     for number in range(3):
         spend(ledger, spendings, number)
     left = ledger.left()
-    assert left.epsilon_models == spendings["run", 2].epsilon_models
+    assert left.epsilon_models == pytest.approx(spendings["run", 2].epsilon_models)
     for number in range(3, 3 + left.rounds_left):
         spendings["run", number] = replace(spendings["run", 0], round=number)
     assert ledger.overspent(ledger.price("run", 10**6, Kind.TRAINING, DRAW, 1.0, NOON)) is not None

@@ -5,8 +5,10 @@ No formula here is our own. The library needs SciPy and two seconds to import, s
 
 from __future__ import annotations
 
+import copy
 import enum
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,15 +60,55 @@ def epsilon(
     `amplified`: for somebody who cannot know who was drawn; otherwise for one who does. Raises ConfigError: the library is missing,
     or the accountant cannot do it.
     """
-    if not any(releases.values()):
-        return 0.0
-    dp, replaced = _library(), any(release.sampling is Sampling.FIXED for release in releases)
-    one = dp.NeighboringRelation.REPLACE_ONE if replaced else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
-    made = _rdp().RdpAccountant(neighboring_relation=one) if accountant is Accountant.RDP else _pld(dp, replaced, amplified)
-    for release, count in releases.items():
-        if count:
-            made.compose(_event(dp, release, amplified, replaced), count)
-    return float(made.get_epsilon(delta))
+    return Account(accountant, amplified).epsilon(releases, delta)
+
+
+class Account:
+    """ε of releases that become more and more: what was `settled` is not counted from the beginning again."""
+
+    def __init__(self, accountant: Accountant = Accountant.RDP, amplified: bool = True) -> None:
+        self._accountant = accountant
+        self._amplified = amplified
+        self._settled: Counter[Release] = Counter()
+        self._made: Any = None
+        self._replaced = False
+
+    def settle(self, releases: Mapping[Release, int]) -> None:
+        """These are all until now, and will stay. Raises as `epsilon`."""
+        replaced = any(release.sampling is Sampling.FIXED for release in releases)
+        if self._made is None or replaced != self._replaced or self._settled - Counter(releases):
+            self._made, self._settled, self._replaced = self._fresh(replaced), Counter(), replaced
+        self._compose(self._made, Counter(releases) - self._settled)
+        self._settled = Counter(releases)
+
+    def epsilon(self, releases: Mapping[Release, int], delta: float) -> float:
+        """ε of all these releases together, whatever is settled of them. Raises ConfigError, as the function."""
+        if not any(releases.values()):
+            return 0.0
+        replaced, more = any(release.sampling is Sampling.FIXED for release in releases), Counter(releases) - self._settled
+        known = self._made is not None and replaced == self._replaced and not self._settled - Counter(releases)
+        made = copy.deepcopy(self._made) if known else self._fresh(replaced)
+        self._compose(made, more if known else releases, replaced)
+        return float(made.get_epsilon(delta))
+
+    def _compose(self, made: Any, releases: Mapping[Release, int], replaced: bool | None = None) -> None:
+        dp, replaced = _library(), self._replaced if replaced is None else replaced
+        for release, count in releases.items():
+            if count:
+                made.compose(_event(dp, release, self._amplified, replaced), count)
+
+    def _fresh(self, replaced: bool) -> Any:
+        dp = _library()
+        one = dp.NeighboringRelation.REPLACE_ONE if replaced else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+        if self._accountant is Accountant.RDP:
+            from dp_accounting import rdp
+
+            return rdp.RdpAccountant(neighboring_relation=one)
+        if replaced and self._amplified:
+            raise ConfigError("accountant pld cannot account for sampling fixed: take accountant rdp, or sampling poisson")
+        from dp_accounting import pld
+
+        return pld.PLDAccountant(neighboring_relation=one)
 
 
 def noise_for(
@@ -137,18 +179,3 @@ def _library() -> Any:
         raise ConfigError(f"privacy accounting needs the extra privacy ({error}): pip install 'choral[privacy]'") from error
     logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of each order that it leaves out, which only makes ε larger
     return dp_accounting
-
-
-def _rdp() -> Any:
-    from dp_accounting import rdp
-
-    return rdp
-
-
-def _pld(dp: Any, replaced: bool, amplified: bool) -> Any:
-    if replaced and amplified:
-        raise ConfigError("accountant pld cannot account for sampling fixed: take accountant rdp, or sampling poisson")
-    from dp_accounting import pld
-
-    one = dp.NeighboringRelation.REPLACE_ONE if replaced else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
-    return pld.PLDAccountant(neighboring_relation=one)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import dp_accounting as dp
 import pytest
 from choral.errors import ConfigError
-from choral.privacy.accounting import Accountant, Release, Sampling, epsilon, noise_for, rounds_for
+from choral.privacy.accounting import Account, Accountant, Release, Sampling, epsilon, noise_for, rounds_for
 from dp_accounting import pld, rdp
 from opacus.accountants import PRVAccountant
 
@@ -104,3 +104,28 @@ def test_a_missing_library_is_said_with_the_cure(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(ConfigError, match=r"pip install 'choral\[privacy\]'"):
         epsilon({REFERENCE: 1}, DELTA)
+
+
+@pytest.mark.parametrize("accountant", Accountant)
+@pytest.mark.parametrize("amplified", [True, False])
+def test_what_is_settled_is_counted_once_and_changes_nothing(accountant: Accountant, amplified: bool) -> None:
+    account, releases = Account(accountant, amplified), dict[Release, int]()
+    for population in (100, 200, 100, 400):
+        account.settle(releases)
+        release = replace(REFERENCE, population=population)
+        more = {**releases, release: releases.get(release, 0) + 1}
+        assert account.epsilon(more, DELTA) == pytest.approx(epsilon(more, DELTA, accountant, amplified=amplified), abs=1e-7)
+        releases = more
+    fewer = {replace(REFERENCE, population=200): 1}  # some of it was never released
+    assert account.epsilon(fewer, DELTA) == pytest.approx(epsilon(fewer, DELTA, accountant, amplified=amplified), abs=1e-7)
+    account.settle(fewer)
+    assert account.epsilon(fewer, DELTA) == pytest.approx(epsilon(fewer, DELTA, accountant, amplified=amplified), abs=1e-7)
+
+
+def test_another_kind_of_sampling_is_counted_from_the_beginning() -> None:
+    account, fixed = Account(), Release(4.0, Sampling.FIXED, 5, 100)
+    account.settle({REFERENCE: 3})
+    both = {REFERENCE: 3, fixed: 1}
+    assert account.epsilon(both, DELTA) == epsilon(both, DELTA)
+    account.settle(both)
+    assert account.epsilon(both, DELTA) == epsilon(both, DELTA)
