@@ -46,6 +46,7 @@ if has_server:
     app.add_typer(authority_commands.app, name="authority")
     privacy_commands.app.command()(privacy_commands.audit)
     privacy_commands.app.command()(privacy_commands.show)
+    privacy_commands.app.command()(privacy_commands.charge)
     app.command()(doctor_command.doctor)
     app.command()(backup_commands.backup)
     app.command()(backup_commands.restore)

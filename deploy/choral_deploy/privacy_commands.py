@@ -107,6 +107,18 @@ def show(
         typer.echo(f"{client} has lost ε {answer.epsilon_client:.4g} to whoever knows when it took part")
 
 
+def charge(
+    rounds: Annotated[int, typer.Argument(min=1, max=1_000_000, help="How many; versions that clients have and this has not.")],
+    config: WhereOption = _DEFAULT,
+    reason: Annotated[str, typer.Option(help="Why; kept in the history.")] = "",
+) -> None:
+    """Count private rounds that were made and are not known any more: after a backup was restored, or with another coordinator."""
+    from choral_deploy.operator import call
+
+    one = call(config, "ChargePrivacy", rounds=rounds, reason=reason).spending
+    typer.echo(f"charged {one.rounds} rounds: ε is {one.epsilon_models:.4g} at δ {one.delta:g}")
+
+
 def _print_json(answer: Any) -> None:
     import json
 
@@ -125,8 +137,7 @@ def _print_table(answer: Any) -> None:
     table = Table("run", "round", "state", "noise", "clip", "sampling", "drawn of", "ε, models", "ε, who was drawn known", "δ")
     for one in answer.spendings:
         drawn = f"{one.expected} of {one.population}"
+        number = str(one.round) if one.round >= 0 else f"{one.rounds} charged"
         told = one.state, f"{one.noise:g}", f"{one.clip:.4g}", one.sampling, drawn
-        table.add_row(
-            cell(one.run), str(one.round), *told, f"{one.epsilon_models:.4g}", f"{one.epsilon_coordinator:.4g}", f"{one.delta:g}"
-        )
+        table.add_row(cell(one.run), number, *told, f"{one.epsilon_models:.4g}", f"{one.epsilon_coordinator:.4g}", f"{one.delta:g}")
     Console().print(table)

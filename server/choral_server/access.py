@@ -49,6 +49,7 @@ NEEDS: Mapping[str, frozenset[Role]] = {
     "/choral.v1.Admin/ReleaseClient": OPERATORS,
     "/choral.v1.Admin/IssueToken": OPERATORS,
     "/choral.v1.Admin/RevokeMember": OPERATORS,
+    "/choral.v1.Admin/ChargePrivacy": OPERATORS,
     "/choral.v1.Admin/ListRuns": THOSE_WHO_LOOK,
     "/choral.v1.Admin/ListRounds": THOSE_WHO_LOOK,
     "/choral.v1.Admin/ListClients": THOSE_WHO_LOOK,

@@ -125,6 +125,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 answer.epsilon_client = await self._done(context, asyncio.to_thread(ledger.cost, of_client))
         return answer
 
+    async def ChargePrivacy(self, request: pb.ChargePrivacyRequest, context: Context) -> pb.ChargePrivacyResponse:
+        """Count rounds that are not known here."""
+        if request.rounds < 1:
+            await abort(context, ConfigError(f"rounds {request.rounds}: give 1 or more"))
+        spending = await self._done(context, self._coordinator.charge(request.rounds, brief(request.reason)))
+        return pb.ChargePrivacyResponse(spending=messages.spending(spending))
+
     async def IssueToken(self, request: pb.IssueTokenRequest, context: Context) -> pb.IssueTokenResponse:
         """A token with which somebody enrols."""
         roles = {role.value: role for role in Role}

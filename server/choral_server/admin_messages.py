@@ -178,6 +178,7 @@ def spending(record: SpendingRecord) -> pb.Spending:
         epsilon_coordinator=record.epsilon_coordinator,
         state=record.state.value,
         next_clip=record.next_clip,
+        rounds=record.rounds,
     )
 
 

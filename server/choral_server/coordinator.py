@@ -414,6 +414,16 @@ class Coordinator:
         self._stop_round(_going_back(number))
         self.wake()
 
+    async def charge(self, rounds: int, reason: str) -> SpendingRecord:
+        """Count private rounds that were made and are not known here, as after a restored backup. Raises ConfigError."""
+        run = self.run
+        if run.ledger is None:
+            raise ConfigError(f"run {run.record.name} keeps nothing private: there is no ledger to charge (run.privacy)")
+        spending = await asyncio.to_thread(run.ledger.charge, run.record.name, rounds, self._house.clock())
+        told = f"{rounds} rounds{f': {reason}' if reason else ''}"
+        await run.save(others=(spending, *self._noted("privacy charged", told)))
+        return spending
+
     def drain(self) -> None:
         """Open no further round. One under way goes on; whoever cancels `conduct` leaves it to the next start."""
         self.draining = True

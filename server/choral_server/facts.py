@@ -28,8 +28,8 @@ def told_by(records: Iterable[Record], runs: Mapping[str, RunRecord]) -> Iterato
     for event in told:
         if isinstance(event, EventRecord):
             yield EVENT, event_facts(event)
-    for spending in told:
-        if isinstance(spending, SpendingRecord) and spending.state is not SpendingState.SPENT:  # told when it was set aside
+    for spending in told:  # what is spent was told when it was set aside, but for what an operator charged
+        if isinstance(spending, SpendingRecord) and (spending.state is not SpendingState.SPENT or spending.round < 0):
             yield PRIVACY, spending_facts(spending)
     for round in rounds:
         yield ROUND, round_facts(round, next((version for version in versions if _made(round, version)), None))
@@ -72,6 +72,7 @@ def spending_facts(spending: SpendingRecord) -> Facts:
         "round": spending.round,
         "kind": spending.kind.value,
         "state": spending.state.value,
+        "rounds": spending.rounds,
         "noise": release.noise,
         "clip": spending.clip,
         "sampling": release.sampling.value,
@@ -183,10 +184,14 @@ def _event_in_words(facts: Facts) -> str:
 def _spending_in_words(facts: Facts) -> str:
     drawn = f"{facts['expected']} of {facts['population']} clients, sampling {facts['sampling']}"
     return (
-        f"run {facts['run']}: {facts['state']} for {facts['kind']} round {facts['round']}: noise {facts['noise']:g} of clip "
+        f"run {facts['run']}: {facts['state']} for {_which(facts)}: noise {facts['noise']:g} of clip "
         f"{facts['clip']:g}, {drawn}; ε {facts['epsilon_models']:.4g} (who was drawn known: {facts['epsilon_coordinator']:.4g}) "
         f"at δ {facts['delta']:g}"
     )
+
+
+def _which(facts: Facts) -> str:
+    return f"{facts['kind']} round {facts['round']}" if facts["round"] >= 0 else f"{facts['rounds']} rounds that are not known here"
 
 
 def _configuration_in_words(facts: Facts) -> str:

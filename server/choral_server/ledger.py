@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
+from choral.errors import ConfigError
 from choral.plan import Kind
 from choral.privacy.accounting import Account, Accountant, Release, Sampling, epsilon, rounds_for
 
@@ -47,12 +48,29 @@ class Ledger:
         settings = self.settings
         sampling = settings.drawn_by if kind is Kind.TRAINING else Sampling.NONE  # of the others everybody is asked
         release = Release(settings.noise, sampling, draw.expected, draw.population)
-        counted = self._counted
+        return self._spending(run, round, kind, release, clip, now)
+
+    def charge(self, run: str, rounds: int, now: datetime) -> SpendingRecord:
+        """So many rounds like the newest of training, which were made and are not known any more. Slow.
+
+        Raises ConfigError: no round is known that they could be like.
+        """
+        newest = next((one for one in reversed(list(self._spendings.values())) if one.kind is Kind.TRAINING), None)
+        if newest is None:
+            raise ConfigError(f"no private training round is in the ledger, so it cannot be known what {rounds} more have cost")
+        number = min([0, *(round for name, round in list(self._spendings) if name == run)]) - 1
+        made = self._spending(run, number, Kind.TRAINING, newest.release, newest.clip, now, rounds)
+        return replace(made, state=SpendingState.SPENT)
+
+    def _spending(
+        self, run: str, round: int, kind: Kind, release: Release, clip: float, now: datetime, rounds: int = 1
+    ) -> SpendingRecord:
+        settings, counted = self.settings, self._counted
         with self._counting:
             for account in self._accounts.values():
-                account.settle(counted)  # no round is under way
-        models, known = self._both(counted + Counter([release]))
-        return SpendingRecord(run, round, kind, now, release, clip, settings.delta, models, known)
+                account.settle(counted)
+        models, known = self._both(counted + Counter({release: rounds}))
+        return SpendingRecord(run, round, kind, now, release, clip, settings.delta, models, known, rounds=rounds)
 
     def overspent(self, spending: SpendingRecord) -> str | None:
         """Why a round with this price is not to be opened; None: it may."""
@@ -98,7 +116,11 @@ class Ledger:
 
 def counted_releases(spendings: Iterable[SpendingRecord]) -> Counter[Release]:
     """What was released, or may yet be."""
-    return Counter(spending.release for spending in spendings if _counts(spending))
+    counted: Counter[Release] = Counter()
+    for spending in spendings:
+        if _counts(spending):
+            counted[spending.release] += spending.rounds
+    return counted
 
 
 def _counts(spending: SpendingRecord) -> bool:

@@ -114,6 +114,9 @@ class SpendingState(enum.Enum):
 class SpendingRecord:
     """The privacy that a round costs, written before it opens. Terms as in `Release`; `clip` in the norm of an update.
 
+    Rounds that are not in the database any more, for which an operator answers, are one record of so many `rounds` together, with a
+    negative number for `round`.
+
     `epsilon_models` is what all that counts has cost until then, this round included, for whoever cannot know who was drawn;
     `epsilon_coordinator` for whoever does; both at `delta`. `next_clip` is what the round made of a clip that follows the updates.
     """
@@ -129,6 +132,7 @@ class SpendingRecord:
     epsilon_coordinator: float
     state: SpendingState = SpendingState.RESERVED
     next_clip: float | None = None
+    rounds: int = 1
 
 
 @dataclass(frozen=True, slots=True)

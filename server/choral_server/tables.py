@@ -262,6 +262,7 @@ SPENDINGS = Table(
     Column("epsilon_coordinator", sa.Double, nullable=False),
     Column("state", Words, nullable=False),
     Column("next_clip", sa.Double),
+    Column("rounds", sa.BigInteger, nullable=False),
 )
 
 LEASES = Table(
@@ -477,6 +478,7 @@ def spending_to_row(record: SpendingRecord) -> Row:
         "epsilon_coordinator": record.epsilon_coordinator,
         "state": record.state.value,
         "next_clip": record.next_clip,
+        "rounds": record.rounds,
     }
 
 

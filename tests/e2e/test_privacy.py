@@ -169,6 +169,35 @@ def test_who_is_drawn_decides_and_nobody_is_too_few(quick: Federation) -> None:
     end(coordinator)
 
 
+def test_rounds_that_a_backup_does_not_know_are_charged(quick: Federation) -> None:
+    budget = (epsilon({EVERYBODY: 12}, DELTA) + epsilon({EVERYBODY: 13}, DELTA)) / 2
+    configure(
+        quick, 20, epsilon=budget, metrics=None, others={"evaluation": {"clients": False}}, run={"schedule": {"interval_s": 3600}}
+    )
+    coordinator = quick.start_coordinator()
+    coordinator.saw("coordinator ready")
+    none = quick.command("privacy", "charge", 8, "-c", quick.config)
+    assert none.code() == 2
+    assert "no private training round is in the ledger" in none.stderr
+    together(quick)
+    coordinator.saw("round done", kind="training")
+    charged = quick.command("privacy", "charge", 8, "-c", quick.config, "--reason", "a restored backup")
+    assert charged.code() == 0, charged.stderr
+    assert "charged 8 rounds" in charged.stdout
+    found = spendings(quick)
+    assert found["budget"]["epsilon_models"] == pytest.approx(epsilon({EVERYBODY: 10}, DELTA))
+    assert found["budget"]["rounds_left"] == "2"
+    (last,) = [one for one in found["spendings"] if one["round"] == "-1"]
+    assert (last["rounds"], last["state"]) == ("8", "spent")
+    assert "8 charged" in quick.command("privacy", "show", "-c", quick.config).stdout
+    end(coordinator)
+    audit = quick.command("audit", "verify", "-c", quick.config)
+    assert audit.code() == 0, audit.stdout + audit.stderr
+    again = quick.start_coordinator()
+    again.saw("coordinator ready")
+    assert spendings(quick)["budget"] == found["budget"]
+
+
 def test_a_device_that_wants_a_bound_of_its_own_takes_part_in_nothing_that_rests_on_a_word(quick: Federation) -> None:
     configure(quick, 1)
     coordinator = quick.start_coordinator()

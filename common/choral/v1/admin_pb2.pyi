@@ -717,6 +717,49 @@ class ListSpendingsResponse(google.protobuf.message.Message):
 global___ListSpendingsResponse = ListSpendingsResponse
 
 @typing.final
+class ChargePrivacyRequest(google.protobuf.message.Message):
+    """Asks to count rounds that are not known here."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUNDS_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    rounds: builtins.int
+    """How many, each like the newest private training round. Unit: rounds."""
+    reason: builtins.str
+    """Why, in words for people."""
+    def __init__(
+        self,
+        *,
+        rounds: builtins.int = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason", "rounds", b"rounds"]) -> None: ...
+
+global___ChargePrivacyRequest = ChargePrivacyRequest
+
+@typing.final
+class ChargePrivacyResponse(google.protobuf.message.Message):
+    """They count."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPENDING_FIELD_NUMBER: builtins.int
+    @property
+    def spending(self) -> global___Spending:
+        """All of them together."""
+
+    def __init__(
+        self,
+        *,
+        spending: global___Spending | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["spending", b"spending"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["spending", b"spending"]) -> None: ...
+
+global___ChargePrivacyResponse = ChargePrivacyResponse
+
+@typing.final
 class Budget(google.protobuf.message.Message):
     """The privacy budget, over all runs."""
 
@@ -770,6 +813,7 @@ class Spending(google.protobuf.message.Message):
     EPSILON_COORDINATOR_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
     NEXT_CLIP_FIELD_NUMBER: builtins.int
+    ROUNDS_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     round: builtins.int
@@ -796,6 +840,8 @@ class Spending(google.protobuf.message.Message):
     """reserved while the round is under way, spent, or returned: the round was abandoned, and it counts no more."""
     next_clip: builtins.float
     """What the round made of a clip that follows the updates; absent if the clip does not."""
+    rounds: builtins.int
+    """How many rounds it is for: more than one if an operator has charged them, and then the number above is negative. Unit: rounds."""
     @property
     def at(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was set aside."""
@@ -817,9 +863,10 @@ class Spending(google.protobuf.message.Message):
         epsilon_coordinator: builtins.float = ...,
         state: builtins.str = ...,
         next_clip: builtins.float | None = ...,
+        rounds: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_next_clip", b"_next_clip", "at", b"at", "next_clip", b"next_clip"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_clip", b"_next_clip", "at", b"at", "clip", b"clip", "delta", b"delta", "epsilon_coordinator", b"epsilon_coordinator", "epsilon_models", b"epsilon_models", "expected", b"expected", "kind", b"kind", "next_clip", b"next_clip", "noise", b"noise", "population", b"population", "round", b"round", "run", b"run", "sampling", b"sampling", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_next_clip", b"_next_clip", "at", b"at", "clip", b"clip", "delta", b"delta", "epsilon_coordinator", b"epsilon_coordinator", "epsilon_models", b"epsilon_models", "expected", b"expected", "kind", b"kind", "next_clip", b"next_clip", "noise", b"noise", "population", b"population", "round", b"round", "rounds", b"rounds", "run", b"run", "sampling", b"sampling", "state", b"state"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_clip", b"_next_clip"]) -> typing.Literal["next_clip"] | None: ...
 
 global___Spending = Spending

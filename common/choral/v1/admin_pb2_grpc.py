@@ -90,6 +90,11 @@ class AdminStub(object):
                 request_serializer=choral_dot_v1_dot_admin__pb2.ListSpendingsRequest.SerializeToString,
                 response_deserializer=choral_dot_v1_dot_admin__pb2.ListSpendingsResponse.FromString,
                 )
+        self.ChargePrivacy = channel.unary_unary(
+                '/choral.v1.Admin/ChargePrivacy',
+                request_serializer=choral_dot_v1_dot_admin__pb2.ChargePrivacyRequest.SerializeToString,
+                response_deserializer=choral_dot_v1_dot_admin__pb2.ChargePrivacyResponse.FromString,
+                )
         self.IssueToken = channel.unary_unary(
                 '/choral.v1.Admin/IssueToken',
                 request_serializer=choral_dot_v1_dot_admin__pb2.IssueTokenRequest.SerializeToString,
@@ -221,6 +226,13 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChargePrivacy(self, request, context):
+        """Count private rounds that were made and are not known any more, as after a restored backup.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def IssueToken(self, request, context):
         """A one-time token with which somebody enrols.
         """
@@ -326,6 +338,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ListSpendings,
                     request_deserializer=choral_dot_v1_dot_admin__pb2.ListSpendingsRequest.FromString,
                     response_serializer=choral_dot_v1_dot_admin__pb2.ListSpendingsResponse.SerializeToString,
+            ),
+            'ChargePrivacy': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChargePrivacy,
+                    request_deserializer=choral_dot_v1_dot_admin__pb2.ChargePrivacyRequest.FromString,
+                    response_serializer=choral_dot_v1_dot_admin__pb2.ChargePrivacyResponse.SerializeToString,
             ),
             'IssueToken': grpc.unary_unary_rpc_method_handler(
                     servicer.IssueToken,
@@ -610,6 +627,23 @@ class Admin(object):
         return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/ListSpendings',
             choral_dot_v1_dot_admin__pb2.ListSpendingsRequest.SerializeToString,
             choral_dot_v1_dot_admin__pb2.ListSpendingsResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ChargePrivacy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/choral.v1.Admin/ChargePrivacy',
+            choral_dot_v1_dot_admin__pb2.ChargePrivacyRequest.SerializeToString,
+            choral_dot_v1_dot_admin__pb2.ChargePrivacyResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -114,6 +114,12 @@ class AdminStub:
     ]
     """What rounds have cost in privacy, newest first, and what is left of the budget."""
 
+    ChargePrivacy: grpc.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.ChargePrivacyRequest,
+        choral.v1.admin_pb2.ChargePrivacyResponse,
+    ]
+    """Count private rounds that were made and are not known any more, as after a restored backup."""
+
     IssueToken: grpc.UnaryUnaryMultiCallable[
         choral.v1.admin_pb2.IssueTokenRequest,
         choral.v1.admin_pb2.IssueTokenResponse,
@@ -230,6 +236,12 @@ class AdminAsyncStub:
         choral.v1.admin_pb2.ListSpendingsResponse,
     ]
     """What rounds have cost in privacy, newest first, and what is left of the budget."""
+
+    ChargePrivacy: grpc.aio.UnaryUnaryMultiCallable[
+        choral.v1.admin_pb2.ChargePrivacyRequest,
+        choral.v1.admin_pb2.ChargePrivacyResponse,
+    ]
+    """Count private rounds that were made and are not known any more, as after a restored backup."""
 
     IssueToken: grpc.aio.UnaryUnaryMultiCallable[
         choral.v1.admin_pb2.IssueTokenRequest,
@@ -377,6 +389,14 @@ class AdminServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[choral.v1.admin_pb2.ListSpendingsResponse, collections.abc.Awaitable[choral.v1.admin_pb2.ListSpendingsResponse]]:
         """What rounds have cost in privacy, newest first, and what is left of the budget."""
+
+    @abc.abstractmethod
+    def ChargePrivacy(
+        self,
+        request: choral.v1.admin_pb2.ChargePrivacyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[choral.v1.admin_pb2.ChargePrivacyResponse, collections.abc.Awaitable[choral.v1.admin_pb2.ChargePrivacyResponse]]:
+        """Count private rounds that were made and are not known any more, as after a restored backup."""
 
     @abc.abstractmethod
     def IssueToken(

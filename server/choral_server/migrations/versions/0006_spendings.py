@@ -26,6 +26,7 @@ def upgrade() -> None:
         sa.Column("epsilon_coordinator", measure, nullable=False),
         sa.Column("state", sa.Text, nullable=False),
         sa.Column("next_clip", measure),
+        sa.Column("rounds", number, nullable=False),
         sa.PrimaryKeyConstraint("run", "round", name="pk_spendings"),
         sa.ForeignKeyConstraint(["run"], ["runs.name"], name="fk_spendings_runs"),
     )
