@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from choral.evaluation import evaluate
 from choral.flat import describe
 from choral.metrics import LOSS, Metric
 from choral.plan import Kind, Plan
-from choral.secagg.summand import Layout, Summand, layout_of
+from choral.secagg.summand import LARGEST, Layout, Summand, layout_of
 from choral.statistics import Moments
 from choral.task import Task, user_code
 from numpy.typing import NDArray
@@ -81,7 +80,9 @@ class Work:
         held_out = self._measure() if plan.evaluate else ()
         if plan.kind is Kind.EVALUATION:
             return Result((), held_out if plan.noised else _some(held_out))
-        work = self._train_or_not(plan, checkpoint, stop) if plan.noised else self._train(plan, stop)
+        if plan.noised:
+            self._train_or_not(plan, checkpoint, stop)
+        work = () if plan.noised else self._train(plan, stop)
         return Result(_encoded(self._moved(checkpoint), codec, plan.seed, feedback), held_out, work)
 
     def contribute(self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event) -> Summand:
@@ -128,10 +129,10 @@ class Work:
         return moved(self._model.state_dict(), self.manifest, self._places, checkpoint)
 
     def _measure(self) -> tuple[Metric, ...]:
-        """What can be measured on the examples held out; a metric that is not a number there is not told."""
+        """What can be measured on the examples held out; a metric that is no number there, or too large, is not told."""
         if self._shard.held_out is None:
             return ()
-        return tuple(m for m in evaluate(self._task, self._model, self._shard.held_out) if math.isfinite(m.value))
+        return tuple(m for m in evaluate(self._task, self._model, self._shard.held_out) if abs(m.value) <= LARGEST)
 
     def _load(self, checkpoint: BufferedIOBase) -> None:
         """Read the weights to where the model has them; if it has them elsewhere, it is given a copy."""
@@ -155,17 +156,19 @@ class Work:
             work.append(Metric(f"train_{LOSS}", loss, self._shard.size))
         return tuple(work)
 
-    def _train_or_not(self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event) -> tuple[Metric, ...]:
-        """Train the model; if that comes to no number, it stays as it was, and its update is nothing."""
+    def _train_or_not(self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event) -> None:
+        """Train the model; if that comes to no number, it stays as it was, and its update is nothing.
+
+        How it went is told to nobody: a loss is a number of this client alone, and there is no noise on it.
+        """
         try:
-            work = self._train(plan, stop)
+            self._train(plan, stop)
             if all(bool(torch.isfinite(tensor).all()) for tensor in self._model.state_dict().values()):
-                return work
+                return
             log.warning("no change is sent", reason="the trained model holds an infinite or undefined number")
         except Declined as error:
             log.warning("no change is sent", reason=str(error))
         self._load(checkpoint)
-        return ()
 
 
 def _some(held_out: tuple[Metric, ...]) -> tuple[Metric, ...]:

@@ -34,7 +34,7 @@ METRIC = "mse"
 _MARK = ".choral-demo"
 _CLI = "choral_deploy.cli"
 _TRAINING = KINDS[Kind.TRAINING]
-DELTA = 1e-5
+DELTA, _MOST_EPSILON = 1e-5, 1e3
 _BEARABLE = 0.03
 """standard deviation of the noise on each weight that the model bears in a round: with it the clip shrinks where clients are few"""
 _NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy")
@@ -137,8 +137,8 @@ def _guard(states: Sequence[Path]) -> None:
 
 def _privacy(rounds: int, clients: int, epsilon: float) -> dict[str, Any]:
     """As much noise as the budget asks for: everybody takes part in each round, and in one more that measures the features."""
-    if not 0 < epsilon < float("inf"):
-        raise ConfigError(f"--dp-epsilon {epsilon:g}: give a number above 0")
+    if not 0 < epsilon <= _MOST_EPSILON:
+        raise ConfigError(f"--dp-epsilon {epsilon:g}: give a number above 0, at most {_MOST_EPSILON:g}")
     from choral.privacy.accounting import Release, noise_for
 
     noise = noise_for(epsilon, DELTA, lambda noise: {Release(noise, expected=clients, population=clients): rounds + 1})

@@ -100,12 +100,14 @@ def _check(question: Question) -> None:
         raise ConfigError(f"give two of --rounds, --epsilon and --noise, and the third is found; {told} is given")
     if question.cohort > question.clients:
         raise ConfigError(f"--cohort {question.cohort}: is more than --clients {question.clients}; give at most that")
-    if not 0 < question.delta < 1:
+    if not 0 < question.delta <= 0.01:
         raise ConfigError(f"--delta {question.delta:g}: give a probability, well below one over the number of clients")
-    for name in ("epsilon", "noise"):
+    for name, least, most in (("epsilon", 0.0, 1e6), ("noise", 0.05, 1e4)):
         value = getattr(question, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"--{name} {value:g}: give a number above 0")
+        if value is not None and not (least <= value <= most and value > 0):
+            raise ConfigError(f"--{name} {value:g}: give a number above 0, from {least:g} to {most:g}")
+    if (question.sampling, question.accountant) == ("fixed", "pld"):
+        raise ConfigError("--accountant pld cannot account for --sampling fixed: take accountant rdp, or sampling poisson")
 
 
 def _shown(what: str, work: Callable[[], T]) -> T:
@@ -124,5 +126,6 @@ def _delta(delta: float) -> str:
 
 def _up(number: float) -> str:
     """Four digits, never less than the number."""
+    number = max(number, 1e-4)
     digits = 4 - math.ceil(math.log10(number))
     return f"{math.ceil(number * 10**digits) / 10**digits:g}"

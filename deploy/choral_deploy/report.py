@@ -83,7 +83,7 @@ class Report:
         )
         cost = (
             f"What it costs: each number of the model gets, in each round, noise of {share:.2g} times the longest update, over "
-            f"{clients} clients; with ten times as many it would be a tenth."
+            f"{clients} clients. The fewer they are, the less can be learned that hides each of them: try --clients 20."
         )
         return f"{promise}\n[yellow]{cost}"
 

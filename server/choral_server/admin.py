@@ -115,6 +115,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """What was spent of the privacy budget, and what is left."""
         if request.run:
             await self._named(request.run, context)
+        if request.client and request.client not in self._store.clients:
+            await abort(
+                context, ConfigError(f"client {request.client[:80]!r} is unknown: `choral clients list` shows those there are")
+            )
         of_client = await self._done(context, self._store.spent_by(request.client)) if request.client else None
         all_of_it = of_client if of_client is not None else self._store.spendings.values()
         newest = [one for one in all_of_it if request.run in ("", one.run)][::-1][: request.limit or _DEFAULT_LIMIT]

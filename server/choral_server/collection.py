@@ -126,7 +126,7 @@ class Collection:
 
     async def restore(self) -> None:
         """Take up a round that an earlier process left: what was accepted is added again, or asked for again if it was lost."""
-        plan = self.run.plan_digest(self.round.kind, self.round.goal)  # the configuration may have changed meanwhile
+        plan = self.run.plan_digest(self.round.kind, self.run.asked(self.round))  # the configuration may have changed meanwhile
         self.round = replace(resumed(self.round), plan=plan)
         lost = await self.tally.restore(part for part in self.round.parts.values() if part.state is PartState.ACCEPTED)
         if lost:
@@ -220,7 +220,7 @@ class Collection:
             at = Transition.PARTS_CHANGED if after.state is RoundState.OPEN else Transition.ROUND_CLOSED
             async with house.judging:
                 others = consequences(after, ended, house.store.clients, self.run.settings.quarantine_after, house.clock())
-                await house.store.commit(after, *others, *self.run.returned(after), at=at)
+                await house.store.commit(after, *others, *self.run.returned(before, after), at=at)
         else:
             house.store.tell(after)
         self.round = after
@@ -259,7 +259,7 @@ class Collection:
         """Tell one client what it is asked to do."""
         run, current = self.run, self.round
         seed = seed_for(run.settings.seed, current.version, part.client)
-        plan, head = run.plan(current.kind, current.goal, seed), self._house.store.head
+        plan, head = run.plan(current.kind, run.asked(current), seed), self._house.store.head
         self._house.sessions.say(part.client, Assignment(part.assignment, current.number, run.version, plan, head, part.codec))
 
     def _answer(self, upload: Upload, receipt: Receipt) -> None:

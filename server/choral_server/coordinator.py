@@ -232,14 +232,14 @@ class Coordinator:
 
     async def _closed(self, run: Run, collection: Collection) -> Round:
         """The round once it is over, and what it gives published."""
-        if not collection.round.parts and collection.round.quorum == 0:
-            collection.close_empty()
-        elif not collection.round.parts:
+        if not collection.round.parts and collection.round.quorum > 0:
             collection.stop("nobody attends")
         elif not run.active:  # said by an operator while it was opened
             collection.stop(run.record.reason)
         elif run.record.back_to is not None:
             collection.stop(_going_back(run.record.back_to))
+        elif not collection.round.parts:
+            collection.close_empty()
         closed = collection.round
         if closed.state is RoundState.OPEN:
             closed = await collection.collect()
@@ -251,6 +251,7 @@ class Coordinator:
         """Choose the cohort and store the round, before anyone hears of it; None: it would cost more privacy than there is left."""
         settings, record = run.settings, run.record
         spending: SpendingRecord | None = None
+        draw = Draw((), 0, 0)
         number, present, goal, quorum = record.next_round, self._house.eligible(), settings.cohort_size, settings.needed
         if kind is Kind.TRAINING:
             size = cohort.selected(settings.cohort_size, settings.over_selection)
@@ -267,8 +268,7 @@ class Coordinator:
             if kind is Kind.TRAINING and private.drawn_by is not Sampling.NONE:
                 draw = cohort.drawn(private.drawn_by, present, size)
                 chosen = draw.clients
-            if private.drawn_by is Sampling.POISSON:  # however many it is, it goes on with those who answer
-                quorum = min(settings.quorum or 1, len(chosen))
+                quorum = 0  # to draw again until enough answer would be to draw those who answer
             goal = len(chosen)
             spending = await self._within_budget(run, kind, draw)
             if spending is None:
@@ -284,7 +284,7 @@ class Coordinator:
             quorum=quorum,
             parts=parts,
             opened_at=self._house.clock(),
-            plan=run.plan_digest(kind, min(goal, len(parts))),
+            plan=run.plan_digest(kind, draw.expected if private is not None else min(goal, len(parts))),
             parent=run.version.digest,
         )
         await run.open(opened, spending)
@@ -293,10 +293,9 @@ class Coordinator:
 
     async def _within_budget(self, run: Run, kind: Kind, draw: Draw) -> SpendingRecord | None:
         """What a round costs in privacy; None: more than there is left, and the run is over."""
-        spending = await run.price(kind, draw, self._house.clock())
-        assert spending is not None, "it is private"
         assert run.ledger is not None, "it is private"
-        if (reason := run.ledger.overspent(spending)) is None:
+        spending = await run.price(run.ledger, kind, draw, self._house.clock())
+        if (reason := await asyncio.to_thread(run.ledger.overspent, spending)) is None:
             return spending
         log.warning("privacy budget spent", run=run.record.name, reason=reason)
         event = EventRecord(self._house.clock(), "privacy budget spent", reason, run.record.name)
@@ -333,7 +332,7 @@ class Coordinator:
     async def _give_up(self, run: Run, unfinished: Round, reason: str) -> Round:
         given_up = discarded(unfinished, reason)
         others = consequences(given_up, (), self._house.store.clients, None, self._house.clock())
-        await self._house.store.commit(given_up, *others, *run.returned(given_up), at=Transition.ROUND_CLOSED)
+        await self._house.store.commit(given_up, *others, *run.returned(unfinished, given_up), at=Transition.ROUND_CLOSED)
         self._spool.of(unfinished.run, unfinished.number).clear()
         _log_round(run, given_up)
         return given_up

@@ -37,8 +37,9 @@ class Left:
 class Ledger:
     """What `spendings`, by run and round and in their order, leave of the budget in `settings`; others add to them."""
 
-    def __init__(self, settings: Privacy, spendings: dict[RoundKey, SpendingRecord]) -> None:
+    def __init__(self, settings: Privacy, cohort_size: int, spendings: dict[RoundKey, SpendingRecord]) -> None:
         self.settings = settings
+        self._cohort_size = cohort_size
         self._spendings = spendings
         self._counting = threading.Lock()  # threads ask, for a round and for an operator
         self._accounts = {amplified: Account(settings.counted_by, amplified) for amplified in (True, False)}
@@ -46,8 +47,11 @@ class Ledger:
     def price(self, run: str, round: int, kind: Kind, draw: Draw, clip: float, now: datetime) -> SpendingRecord:
         """What a round over these clients is set aside for. Slow: call it in a thread. Raises ConfigError."""
         settings = self.settings
-        sampling = settings.drawn_by if kind is Kind.TRAINING else Sampling.NONE  # of the others everybody is asked
-        release = Release(settings.noise, sampling, draw.expected, draw.population)
+        if kind is Kind.TRAINING:
+            release = Release(settings.noise, settings.drawn_by, draw.expected, draw.population)
+        else:  # everybody is asked, and a mean over so many bears more noise, as it gets no cheaper by being drawn
+            more = max(1.0, draw.expected / self._cohort_size)
+            release = Release(settings.noise * more, Sampling.NONE, draw.expected, draw.population)
         return self._spending(run, round, kind, release, clip, now)
 
     def charge(self, run: str, rounds: int, now: datetime) -> SpendingRecord:
@@ -73,13 +77,14 @@ class Ledger:
         return SpendingRecord(run, round, kind, now, release, clip, settings.delta, models, known, rounds=rounds)
 
     def overspent(self, spending: SpendingRecord) -> str | None:
-        """Why a round with this price is not to be opened; None: it may."""
+        """Why a round with this price is not to be opened; None: it may. Slow."""
         if spending.epsilon_models <= self.settings.epsilon:
             return None
-        spent = max((one.epsilon_models for one in self._spendings.values() if _counts(one)), default=0.0)
+        spent, release = self._both(self._counted)[0], spending.release
         return (
-            f"the privacy budget is spent: ε is {spent:.4g} at δ {spending.delta:g}, a further {spending.kind.value} round would "
-            f"make it {spending.epsilon_models:.4g}, and run.privacy.epsilon allows {self.settings.epsilon:g}"
+            f"the privacy budget is spent: ε is {spent:.4g} at δ {spending.delta:g}, a further {spending.kind.value} round of "
+            f"{release.expected} of {release.population} clients would make it {spending.epsilon_models:.4g}, and "
+            f"run.privacy.epsilon allows {self.settings.epsilon:g}"
         )
 
     def cost(self, spendings: Iterable[SpendingRecord]) -> float:

@@ -12,6 +12,7 @@ from choral.privacy.noise import STEPS, Noise, discrete_gaussian, gaussian
 from pydantic import Field, model_validator
 
 Bound = Annotated[float, Field(allow_inf_nan=False)]
+LEAST_CLIP, LARGEST_CLIP = 1e-6, 1e6
 _CLIP_SHARE = 0.02  # of a round's privacy, for how many updates were clipped
 _LARGEST_ROUNDING = 0.5  # of the clip
 
@@ -26,7 +27,8 @@ class AdaptiveClip(Settings):
 
     def next(self, clip: float, within: float) -> float:
         """The clip after a round in which the noised share `within` was no longer than `clip`."""
-        return clip * math.exp(-self.rate * (min(1.0, max(0.0, within)) - self.quantile))
+        moved = clip * math.exp(-self.rate * (min(1.0, max(0.0, within)) - self.quantile))
+        return min(LARGEST_CLIP, max(LEAST_CLIP, moved))
 
 
 class Privacy(Settings):
@@ -39,7 +41,7 @@ class Privacy(Settings):
     noise: Annotated[float, Field(ge=0.05, le=10_000, allow_inf_nan=False)]
     """standard deviation of the noise over what one client can move, of all that a round gives; `choral privacy plan` says how much
     is needed"""
-    clip: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] = 1.0
+    clip: Annotated[float, Field(ge=LEAST_CLIP, le=LARGEST_CLIP, allow_inf_nan=False)] = 1.0
     """Euclidean norm to which an update is shortened before it counts; the first, if it is adaptive"""
     adaptive: AdaptiveClip | None = None
     """let the clip follow the updates, with a fiftieth of each round's privacy; it stays as it is, if not given"""

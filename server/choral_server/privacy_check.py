@@ -30,6 +30,15 @@ def check_privacy(privacy: Privacy, task: Blueprint) -> None:
         _check_ranges(task)
 
 
+def check_past(unprotected: int) -> None:
+    """Raises ConfigError: so many rounds in the database have told without noise what no budget can take back."""
+    if unprotected:
+        raise ConfigError(
+            f"run.privacy: {unprotected} rounds in this database were done without noise, and what they have told no budget counts: "
+            "give privacy a database and a state folder of its own, or go on without run.privacy"
+        )
+
+
 def _check_ranges(task: Blueprint) -> None:
     features = task.statistics[0].size if task.statistics is not None else 0
     if task.ranges is None:

@@ -46,6 +46,7 @@ class PrivateSum:
         self._size = size
         self._source = source
         self._sum = WeightedSum(size, 1, steps)
+        assert steps > 0, "the configuration bounds noise and clip"
         self._longest = (terms.clip - math.sqrt(size) / 2 / steps) * _SHORTER  # so that rounding leaves it within the clip
         self._within: float | None = None
         self._noised = False
@@ -76,12 +77,15 @@ class PrivateSum:
             return
         self._sum.add(self._source)
         if self._terms.clip_noise is not None:
-            bits = len(self.contained) - len(self._sum.shortened) - len(self.contained) / 2  # ±½ each
-            self._within = 0.5 + (bits + self._terms.clip_noise / 2 * self._one()) / self._terms.expected
+            self._within = self._noised_share(self._terms.clip_noise)
         self._noised = True
 
-    def _one(self) -> float:
-        return float(self._source(1)[0]) / STEPS
+    def _noised_share(self, noise: float) -> float:
+        """Of updates no longer than the clip: from a sum of integers too, to which each client adds one or its negative."""
+        each = int(STEPS / noise)
+        shortened = len(self._sum.shortened)
+        total = each * (len(self.contained) - 2 * shortened) + int(self._source(1)[0])
+        return 0.5 + total / (2 * each * self._terms.expected)
 
     def mean(self, start: int = 0, stop: int | None = None) -> NDArray[np.float64]:
         """The noised sum over the clients expected: of the elements from `start` to `stop`, or of all `(size,)`."""

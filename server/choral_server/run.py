@@ -101,7 +101,8 @@ class Run:
         self._code = code
         self._state: OptimizerState | None = None  # that belongs to the weights
         self._sum: WeightedSum | None = None  # of the last round, to be used again
-        self.ledger = Ledger(config.run.privacy, store.spendings) if config.run.privacy is not None else None
+        private = config.run.privacy
+        self.ledger = Ledger(private, config.run.cohort_size, store.spendings) if private is not None else None
         self._store = store
         self._troubles = troubles
         self._evaluators = Evaluators.of(config)
@@ -225,10 +226,8 @@ class Run:
             return Lengths(length, length)
         return payload_bytes(kind, self.model.manifest.size, self.model.features, codec)
 
-    async def price(self, kind: Kind, draw: Draw, now: datetime) -> SpendingRecord | None:
-        """What the next round costs in privacy, over these clients; None: nothing is kept private. Raises ConfigError."""
-        if (ledger := self.ledger) is None:
-            return None
+    async def price(self, ledger: Ledger, kind: Kind, draw: Draw, now: datetime) -> SpendingRecord:
+        """What the next round costs in privacy, over these clients."""
         record = self.record
         return await asyncio.to_thread(ledger.price, record.name, record.next_round, kind, draw, ledger.clip(record.name), now)
 
@@ -236,12 +235,18 @@ class Run:
         """What was set aside for a round."""
         return self._store.spendings.get((round.run, round.number))
 
-    def returned(self, round: Round) -> tuple[SpendingRecord, ...]:
-        """What comes back from a round that was abandoned, of which nothing is released."""
+    def asked(self, round: Round) -> int:
+        """Of how many results clients are told that a round is to be made: in a private one not how many were drawn."""
         spending = self.spending(round)
-        if spending is None or round.state is not RoundState.ABANDONED:
+        return round.goal if spending is None else spending.release.expected
+
+    def returned(self, before: Round, after: Round) -> tuple[SpendingRecord, ...]:
+        """What comes back from a round that was abandoned; of one that was closed already, what it gives may have been written."""
+        spending = self.spending(after)
+        if spending is None or after.state is not RoundState.ABANDONED:
             return ()
-        return (replace(spending, state=SpendingState.RETURNED),)
+        was_open = before.state is RoundState.OPEN
+        return (replace(spending, state=SpendingState.RETURNED if was_open else SpendingState.SPENT),)
 
     def aggregate(self, kind: Kind, goal: int, spending: SpendingRecord | None = None) -> Aggregate:
         """An empty aggregate for a round of this kind that is to be made of `goal` results; there is one at a time.
@@ -286,8 +291,6 @@ class Run:
                 self._state.copy(state)
             return self.model.write_standardized(weights, metadata, aggregate.moments())
         assert isinstance(aggregate, WeightedSum | MaskedSum | GroupedSum | PrivateSum), "the others are of statistics"
-        if isinstance(aggregate, PrivateSum):
-            aggregate.release()
         with StateWriter(state, self.model.manifest.size) as writer:
 
             def next_weights(present: NDArray[np.float32], start: int) -> NDArray[np.float32]:

@@ -105,6 +105,11 @@ _ACCEPTED_OF = (
     .where(ASSIGNMENTS.c.client == bindparam("of_client", type_=Words), ASSIGNMENTS.c.state == PartState.ACCEPTED.value)
     .distinct()
 )
+_UNPROTECTED = (
+    sa.select(sa.func.count().label("number"))
+    .select_from(ROUNDS.outerjoin(SPENDINGS, sa.and_(SPENDINGS.c.run == ROUNDS.c.run, SPENDINGS.c.round == ROUNDS.c.number)))
+    .where(ROUNDS.c.state == RoundState.DONE.value, SPENDINGS.c.run.is_(None))
+)
 _PART = sa.select(ASSIGNMENTS).where(ASSIGNMENTS.c.assignment == bindparam("id"))
 _VERSIONS = sa.select(VERSIONS).where(VERSIONS.c.run == _RUN).order_by(VERSIONS.c.number.desc()).limit(_LIMIT)
 _VERSION = sa.select(VERSIONS).where(VERSIONS.c.run == _RUN, VERSIONS.c.number == _NUMBER)
@@ -185,7 +190,7 @@ class Store:
             clients = await _fetch(connection, sa.select(CLIENTS).order_by(CLIENTS.c.name))
             members = await _fetch(connection, sa.select(MEMBERS).order_by(MEMBERS.c.name))
             tokens = await _fetch(connection, sa.select(TOKENS))
-            spendings = await _fetch(connection, sa.select(SPENDINGS).order_by(SPENDINGS.c.at))
+            spendings = await _fetch(connection, sa.select(SPENDINGS).order_by(SPENDINGS.c.at, SPENDINGS.c.run, SPENDINGS.c.round))
             last_event = await connection.scalar(_LAST_EVENT)
             records = [run_from_row(row) for row in runs]
             history = History(key, await _newest_head(connection, key), found_before(records, last_event))
@@ -392,6 +397,10 @@ class Store:
         query = query.where(_OF_CLIENT) if client else query
         wanted = {"at_most": limit} | ({"of_run": run} if run else {}) | ({"of_client": client} if client else {})
         return list(map(event_from_row, await self._rows(query, wanted)))
+
+    async def unprotected(self) -> int:
+        """How many rounds were done without noise. Raises DatabaseGone."""
+        return int((await self._rows(_UNPROTECTED, {}))[0]["number"])
 
     async def spent_by(self, client: str) -> list[SpendingRecord]:
         """What the rounds cost in which a result of this client counts. Raises DatabaseGone."""

@@ -136,6 +136,7 @@ def test_good_work_is_the_same_where_noise_is_added() -> None:
         for noised in (False, True)
     )
     assert b"".join(plain.payload) == b"".join(noised.payload) != bytes(12)
+    assert noised.work == ()  # a loss of this client alone
 
 
 def test_nobody_says_that_it_has_nothing_to_measure_with_where_noise_is_added() -> None:

@@ -53,7 +53,7 @@ def test_what_it_prints_is_a_configuration(delta: str) -> None:
         ([*MANY, "--rounds", "5"], "give two of --rounds, --epsilon and --noise, and the third is found; --rounds is given"),
         ([*MANY, "--rounds", "5", "--epsilon", "1", "--noise", "1"], "give two of"),
         (["--clients", "5", "--cohort", "6", "--rounds", "1", "--noise", "1"], "--cohort 6: is more than --clients 5"),
-        ([*MANY, "--noise", "1", "--epsilon", "-1"], "--epsilon -1: give a number above 0"),
+        ([*MANY, "--noise", "1", "--epsilon", "-1"], "--epsilon -1: give a number above 0, from 0 to 1e+06"),
         ([*MANY, "--noise", "1", "--epsilon", "0.01", "--sampling", "none"], "not enough for one round with noise 1"),
         ([*MANY, "--rounds", "9", "--noise", "1", "--delta", "2"], "--delta 2: give a probability"),
         ([*MANY, "--rounds", "9", "--noise", "1", "--sampling", "fixed", "--accountant", "pld"], "take accountant rdp"),

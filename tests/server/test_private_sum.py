@@ -178,6 +178,20 @@ def test_how_many_were_short_enough_is_told_with_noise(uploads: Uploads, tmp_pat
     assert stats.kstest(off, "norm").pvalue > SURELY
 
 
+def test_how_many_were_short_enough_cannot_be_read_from_the_last_bits(uploads: Uploads) -> None:
+    """It is told as one integer of a grid on which every other number of them lies as well."""
+    terms = Terms(CLIP, 1.0, expected=5, clip_noise=3.7)
+    each = int(STEPS / 3.7)
+    for _ in range(20):
+        made = PrivateSum(SIZE, terms, gaussian())
+        for update in updates(3, norm=0.1):
+            made.fold(*uploads.of(update))
+        made.release()
+        assert made.within is not None
+        total = (made.within - 0.5) * 2 * each * 5
+        assert total == pytest.approx(round(total), abs=1e-3)
+
+
 def test_a_clip_that_does_not_follow_is_told_nothing(uploads: Uploads) -> None:
     made = PrivateSum(SIZE, TERMS, gaussian())
     made.release()

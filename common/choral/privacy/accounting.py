@@ -33,7 +33,7 @@ class Sampling(enum.Enum):
 
 
 class Accountant(enum.Enum):
-    """RDP: Rényi (Mironov 2017), fast. PLD: privacy loss distributions (Koskela et al. 2020), tighter, slower, not for FIXED."""
+    """RDP: Rényi (Mironov 2017). PLD: privacy loss distributions (Koskela et al. 2020), tighter, slower; RDP where one is FIXED."""
 
     RDP = "rdp"
     PLD = "pld"
@@ -100,12 +100,10 @@ class Account:
     def _fresh(self, replaced: bool) -> Any:
         dp = _library()
         one = dp.NeighboringRelation.REPLACE_ONE if replaced else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
-        if self._accountant is Accountant.RDP:
+        if self._accountant is Accountant.RDP or replaced:  # PLD knows no cohorts of a fixed size, and RDP is never too low
             from dp_accounting import rdp
 
             return rdp.RdpAccountant(neighboring_relation=one)
-        if replaced and self._amplified:
-            raise ConfigError("accountant pld cannot account for sampling fixed: take accountant rdp, or sampling poisson")
         from dp_accounting import pld
 
         return pld.PLDAccountant(neighboring_relation=one)
@@ -144,10 +142,11 @@ def rounds_for(
     spent: Mapping[Release, int] | None = None,
 ) -> int:
     """How many times more `release` can be made within `target_epsilon`; at most 2^20 are looked at. Raises as `epsilon`."""
-    before = dict(spent or {})
+    before, account = Counter(spent or {}), Account(accountant)
+    account.settle(before)
 
     def fits(count: int) -> bool:
-        return epsilon({**before, release: before.get(release, 0) + count}, delta, accountant) <= target_epsilon
+        return account.epsilon(before + Counter({release: count}), delta) <= target_epsilon
 
     low, high = 0, 1
     while high <= _MOST_ROUNDS and fits(high):

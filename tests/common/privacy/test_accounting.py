@@ -95,9 +95,11 @@ def test_so_many_rounds_and_not_one_more() -> None:
     assert rounds_for(0.1, DELTA, Release(1.0)) == 0
 
 
-def test_what_an_accountant_cannot_do_is_said() -> None:
-    with pytest.raises(ConfigError, match="pld cannot account for sampling fixed: take accountant rdp, or sampling poisson"):
-        epsilon({Release(1.0, Sampling.FIXED, 5, 10): 1}, DELTA, Accountant.PLD)
+@pytest.mark.parametrize("amplified", [True, False])
+def test_what_one_accountant_cannot_do_the_other_does(amplified: bool) -> None:
+    mixed = {Release(4.0, Sampling.FIXED, 5, 10): 2, REFERENCE: 3}
+    by_pld, by_rdp = (epsilon(mixed, DELTA, accountant, amplified=amplified) for accountant in (Accountant.PLD, Accountant.RDP))
+    assert by_pld == by_rdp
 
 
 def test_a_missing_library_is_said_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
