@@ -48,9 +48,10 @@ class Privacy(Settings):
     sampling: Literal["poisson", "fixed", "none"] = "none"
     """how a round's cohort is drawn from those who attend: poisson, each with the probability with which cohort_size are expected;
     fixed, exactly cohort_size; both by the operating system's randomness, and counted in epsilon, which holds for whoever does
-    not learn who was drawn; none, and epsilon holds for everybody"""
+    not learn who was drawn: nobody is drawn again for one who does not answer, and run.quorum is only how many must attend; none,
+    and epsilon holds for everybody"""
     accountant: Literal["rdp", "pld"] = "rdp"
-    """how epsilon is counted: rdp, at once; pld, lower, and a second or more for each round"""
+    """how epsilon is counted: rdp, a tenth of a second for each round with poisson; pld, lower, and a second or more"""
     discrete: bool = False
     """add exactly discrete Gaussian noise, without any floating point, which takes eight times as long"""
     metrics: dict[str, Annotated[tuple[Bound, Bound], Field(strict=False)]] | None = None

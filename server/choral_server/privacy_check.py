@@ -34,8 +34,8 @@ def check_past(unprotected: int) -> None:
     """Raises ConfigError: so many rounds in the database have told without noise what no budget can take back."""
     if unprotected:
         raise ConfigError(
-            f"run.privacy: {unprotected} rounds in this database were done without noise, and what they have told no budget counts: "
-            "give privacy a database and a state folder of its own, or go on without run.privacy"
+            f"run.privacy: {unprotected} rounds in this database were done without noise, and no budget counts what they have "
+            "told: give privacy a database and a state folder of its own, or go on without run.privacy"
         )
 
 
