@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test chaos fuzz lint protos bench bench-peers wheel clean
+.PHONY: demo test chaos audit fuzz lint protos bench bench-peers wheel clean
 
 demo: $(READY)
 	$(BIN)/choral demo --out out
@@ -16,6 +16,12 @@ test: $(READY)
 SEEDS ?= 100-199
 chaos: $(READY)
 	CHORAL_CHAOS_SEEDS=$(SEEDS) $(BIN)/pytest tests/e2e/test_chaos.py
+
+# Looks for clients in what is released under differential privacy, longer than `make test` does; a broken promise is an error.
+audit: $(READY)
+	$(BIN)/choral privacy audit --noise 1 --canaries 10000
+	$(BIN)/choral privacy audit --noise 1 --canaries 10000 --source discrete
+	$(BIN)/choral privacy audit --noise 8 --rounds 40 --canaries 2000
 
 # Hostile bytes, guided by coverage where atheris is installed (CPython on Linux x86-64), shared by all decoders: make fuzz FUZZ_S=60
 FUZZ_S ?= 600

@@ -60,8 +60,8 @@ class Source(StrEnum):
 
 
 def audit(
-    noise: Annotated[float, typer.Option(min=0.05, help="As run.privacy.noise.")],
-    rounds: Annotated[int, typer.Option(min=1, max=100_000, help="Rounds, in which everybody takes part.")] = 1,
+    noise: Annotated[float, typer.Option(min=0.05, max=10_000, help="As run.privacy.noise.")],
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Rounds, in which everybody takes part.")] = 1,
     canaries: Annotated[int, typer.Option(min=20, max=100_000, help="Clients that are there or not by the toss of a coin.")] = 1000,
     delta: Annotated[float, typer.Option(help="The probability that the promise does not hold.")] = 1e-5,
     confidence: Annotated[float, typer.Option(help="How sure the bound is to be.")] = 0.99,
@@ -70,7 +70,10 @@ def audit(
     ] = Source.gaussian,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Try to find out of what is released who took part, with the coordinator's own code; a broken promise is an error."""
+    """Try to find who took part in what is released; a broken promise is an error.
+
+    It looks at clipping, the sum and the noise, as the coordinator makes them; not at how cohorts are drawn, nor at metrics.
+    """
     from choral_deploy.privacy_audit import audit as run
 
     found = run(canaries, rounds, noise, delta, confidence, source.value)
