@@ -10,6 +10,9 @@ round draws its cohort by Poisson sampling, if it is smaller than all; noise is 
 
 Accuracy is the last model's on the 359 images that no client has, the mean over the seeds, of which only training and the deal are
 functions: noise never is. Nothing is chosen by looking at it. The row "no noise" clips updates as the others do, "plain" does not.
+
+Membership is how well the last model tells who took part (Yeom et al. 2018, CSF): how often its loss on a client's images is lower
+than on as many images that no client has. 50 % is a guess.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from choral.errors import ConfigError
 from choral.evaluation import evaluate
 from choral.flat import describe
 from choral.manifest import Manifest
-from choral.metrics import value_of
+from choral.metrics import LOSS, value_of
 from choral.plan import Training, seed_for
 from choral.privacy.accounting import Accountant, Release, Sampling, epsilon, noise_for
 from choral.privacy.noise import Noise
@@ -47,6 +50,7 @@ from choral_server.strategies.fedavg import step
 from federation import at_least, progress, tidily
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.data import Subset
 
 TASK = load_task("choral.tasks.digits:task")
 TRAINING = Training(epochs=5, batch_size=8, learning_rate=0.05)
@@ -58,12 +62,18 @@ SILENT: Noise = lambda count: np.zeros(count, np.int64)  # noqa: E731
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of one row: which ε, with how much noise, and how good each seed's last model was."""
+    """What is kept of one row: which ε, with how much noise, and of each seed's last model how good it is, and what it betrays."""
 
     name: str
     noise: float
     spent: float
     accuracies: tuple[float, ...]
+    memberships: tuple[float, ...]
+
+    @property
+    def membership(self) -> float:
+        """The mean over the seeds."""
+        return float(np.mean(self.memberships))
 
     @property
     def accuracy(self) -> float:
@@ -86,8 +96,8 @@ class Simulation:
         _standardise_by_ranges(self._model)
         self._manifest: Manifest = describe(self._model)
 
-    def train(self, noise: float | None, clip: float, advance: Any) -> float:
-        """All rounds with this noise (0: only clipping, None: neither); the accuracy at the end."""
+    def train(self, noise: float | None, clip: float, advance: Any) -> tuple[float, float]:
+        """All rounds with this noise (0: only clipping, None: neither); accuracy and membership at the end."""
         weights = _flat(self._model, self._manifest)
         first = weights.copy()
         sampling = Sampling.POISSON if self._options.cohort < self._options.clients else Sampling.NONE
@@ -104,9 +114,24 @@ class Simulation:
             advance()
         _load(self._model, self._manifest, weights)
         accuracy = value_of(evaluate(TASK, self._model, self._test), "accuracy")
+        membership = self._membership()
         _load(self._model, self._manifest, first)
         assert accuracy is not None, "it is among the task's metrics"
-        return accuracy
+        return accuracy, membership
+
+    def _membership(self) -> float:
+        """How often the loss on a client's images is lower than on as many that nobody has."""
+        inside = np.array([self._loss(shard) for shard in self._shards.values()])
+        size = max(1, sum(map(len, self._shards.values())) // len(self._shards))
+        outside = np.array(
+            [self._loss(Subset(self._test, range(at, at + size))) for at in range(0, len(self._test) - size + 1, size)]
+        )
+        return float((inside[:, None] < outside).mean() + (inside[:, None] == outside).mean() / 2)
+
+    def _loss(self, examples: Any) -> float:
+        loss = value_of(evaluate(TASK, self._model, examples), LOSS)
+        assert loss is not None, "it is always measured"
+        return loss
 
     def _sum(self, noise: float | None, clip: float, expected: int) -> WeightedSum | PrivateSum:
         if noise is None:
@@ -166,7 +191,7 @@ def rows_of(options: argparse.Namespace) -> list[tuple[str, float | None, float]
 def compare(options: argparse.Namespace) -> list[Kept]:
     """A row for each ε, and the two without noise."""
     rows = rows_of(options)
-    found: dict[str, list[float]] = {name: [] for name, _, _ in rows}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name, _, _ in rows}
     with (
         tempfile.TemporaryDirectory(prefix="choral-dp-") as folder,
         progress("rounds", len(rows) * options.seeds * options.rounds) as advance,
@@ -175,7 +200,9 @@ def compare(options: argparse.Namespace) -> list[Kept]:
             simulation = Simulation(options, seed, Path(folder) / str(seed))
             for name, noise, _ in rows:
                 found[name].append(simulation.train(noise, options.clip, advance))
-    return [Kept(name, noise or 0.0, spent, tuple(found[name])) for name, noise, spent in rows]
+    return [
+        Kept(name, noise or 0.0, spent, *(tuple(each) for each in zip(*found[name], strict=True))) for name, noise, spent in rows
+    ]
 
 
 def draw(rows: Sequence[Kept], options: argparse.Namespace, path: Path) -> None:
@@ -207,10 +234,12 @@ def show(rows: Sequence[Kept]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "noise", "ε", "accuracy", "each seed")
+    table = Table("", "noise", "ε", "accuracy", "each seed", "membership")
     for row in rows:
         each = ", ".join(f"{100 * accuracy:.1f}" for accuracy in row.accuracies)
-        table.add_row(row.name, f"{row.noise:.3g}", f"{row.spent:.4g}", f"{100 * row.accuracy:.1f} %", each)
+        table.add_row(
+            row.name, f"{row.noise:.3g}", f"{row.spent:.4g}", f"{100 * row.accuracy:.1f} %", each, f"{100 * row.membership:.1f} %"
+        )
     Console().print(table)
 
 
@@ -234,7 +263,7 @@ def main() -> None:
     if options.plot is not None:
         draw(rows, options, options.plot)
     if options.json:
-        print(json.dumps([vars(row) | {"accuracy": row.accuracy} for row in rows]))
+        print(json.dumps([vars(row) | {"accuracy": row.accuracy, "membership": row.membership} for row in rows]))
     else:
         show(rows)
 
