@@ -65,6 +65,7 @@ class PrivateStatistics:
         self._expected = expected
         self._source = source
         self._parts: dict[str, Vector] = {}
+        self._released: Moments | None = None
 
     def fold(self, part: Part, path: Path) -> None:
         """Add the statistics in the file at `path`, the accepted result of `part`."""
@@ -75,7 +76,11 @@ class PrivateStatistics:
         self._parts[part.client] = np.concatenate([mean, 2 * square - 1])
 
     def moments(self) -> Moments:
-        """Of all clients together; a new draw of noise each time, so it is asked for once."""
+        """Of all clients together; the noise is drawn once."""
+        self._released = self._released or self._noised()
+        return self._released
+
+    def _noised(self) -> Moments:
         size = 2 * len(self._ranges)
         found = noised_mean(self._parts.values(), size, self._noise, self._expected, self._source)
         variance = size * (self._noise / self._expected) ** 2

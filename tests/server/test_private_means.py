@@ -97,6 +97,12 @@ def test_one_client_cannot_carry_them_beyond_the_range(clients: Clients, far: fl
     assert np.isfinite(moments.deviation).all()
 
 
+def test_asked_again_they_are_the_same(clients: Clients) -> None:
+    made = PrivateStatistics(FEATURES, 1.0, 2, gaussian())
+    clients.fold(made, np.ones((2, 2)))
+    assert (made.moments().mean == made.moments().mean).all()
+
+
 def test_what_is_constant_can_still_be_divided_by(clients: Clients) -> None:
     made = PrivateStatistics(FEATURES, 0.05, 3, SILENT)
     clients.fold(made, *[np.full((4, 2), 0.5)] * 3)
