@@ -137,10 +137,10 @@ def _print_table(answer: Any) -> None:
 
     from choral_deploy.cells import cell
 
-    table = Table("run", "round", "state", "noise", "clip", "sampling", "drawn of", "ε, models", "ε, who was drawn known", "δ")
+    table = Table("run", "round", "state", "noise", "clip", "drawn", "ε", "ε, draw known")
     for one in answer.spendings:
-        drawn = f"{one.expected} of {one.population}"
+        drawn = f"{one.expected} of {one.population}" + (f", {one.sampling}" if one.sampling != "none" else "")
         number = str(one.round) if one.round >= 0 else f"{one.rounds} charged"
-        told = one.state, f"{one.noise:g}", f"{one.clip:.4g}", one.sampling, drawn
-        table.add_row(cell(one.run), number, *told, f"{one.epsilon_models:.4g}", f"{one.epsilon_coordinator:.4g}", f"{one.delta:g}")
+        told = one.state, f"{one.noise:.4g}", f"{one.clip:.4g}", drawn
+        table.add_row(cell(one.run), number, *told, f"{one.epsilon_models:.4g}", f"{one.epsilon_coordinator:.4g}")
     Console().print(table)
