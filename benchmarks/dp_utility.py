@@ -35,7 +35,7 @@ from choral.manifest import Manifest
 from choral.metrics import LOSS, value_of
 from choral.plan import Training, seed_for
 from choral.privacy.accounting import Accountant, Release, Sampling, epsilon, noise_for
-from choral.privacy.noise import Noise
+from choral.privacy.noise import Integers, gaussian
 from choral.standardize import standardize_of
 from choral.statistics import Moments
 from choral.task import load_task
@@ -57,7 +57,11 @@ TRAINING = Training(epochs=5, batch_size=8, learning_rate=0.05)
 CLIP_SHARE = 0.02
 PLAIN, NO_NOISE = "plain", "no noise"
 Flat = NDArray[np.float32]
-SILENT: Noise = lambda count: np.zeros(count, np.int64)  # noqa: E731
+
+
+def _silent(count: int) -> Integers:
+    """No noise."""
+    return np.zeros(count, np.int64)
 
 
 @dataclass(frozen=True)
@@ -137,9 +141,7 @@ class Simulation:
         if noise is None:
             return WeightedSum(self._manifest.size, 1)
         if noise == 0:
-            return PrivateSum(self._manifest.size, Terms(clip, 1.0, expected), SILENT)
-        from choral.privacy.noise import gaussian
-
+            return PrivateSum(self._manifest.size, Terms(clip, 1.0, expected), _silent)
         if not self._options.adaptive:
             return PrivateSum(self._manifest.size, Terms(clip, noise, expected), gaussian())
         terms = Terms(clip, noise / math.sqrt(1 - CLIP_SHARE), expected, noise_of(CLIP_SHARE, noise))
