@@ -53,8 +53,41 @@ class SecurePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class PrivatePlan:
+    """Noise that each client adds before anything leaves it (`privacy.told`).
+
+    `noise` is the standard deviation, over what one client can move, of the noise of `clients` clients together: 1, and each adds
+    all of it. Updates are shortened to the Euclidean norm `clip`. Of a training round's privacy `clip_share` goes to how many were
+    shortened, and `metrics_share` to what was measured. `ranges` are the smallest and largest value of each number that is told
+    beside the update: metrics in the task's order, or features.
+    """
+
+    noise: float
+    clients: int
+    clip: float
+    clip_share: float = 0.0
+    metrics_share: float = 0.0
+    ranges: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExamplePlan:
+    """Training that hides each single example (DP-SGD, Abadi et al. 2016, CCS): noise on sums of gradients clipped to `clip`.
+
+    `noise` is its standard deviation over `clip`. A client's examples may lose no more than `epsilon` at `delta` in all. `ranges`
+    are those of the features, where their statistics are asked for.
+    """
+
+    noise: float
+    clip: float
+    epsilon: float
+    delta: float
+    ranges: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """One assignment's work. The same plan on the same data gives the same update, bit for bit."""
+    """One assignment's work. The same plan on the same data gives the same update, bit for bit, but for noise."""
 
     kind: Kind
     task: str
@@ -68,6 +101,10 @@ class Plan:
     """how results are summed; None: each is sent as it is"""
     noised: bool = False
     """whether noise is added to the sum: whether the work comes to a number must then not be seen by whether a result comes"""
+    private: PrivatePlan | None = None
+    """the noise that this client adds; None: none"""
+    examples: ExamplePlan | None = None
+    """how training hides single examples; None: it does not"""
 
 
 def digest_of(plan: Plan) -> bytes:
@@ -82,8 +119,9 @@ def digest_of(plan: Plan) -> bytes:
     }
     if plan.noised:
         common["noised"] = True
-    if plan.secure is not None:
-        common["secure"] = asdict(plan.secure)
+    for name, terms in (("secure", plan.secure), ("private", plan.private), ("examples", plan.examples)):
+        if terms is not None:
+            common[name] = asdict(terms)
     return hashlib.sha256(b"choral plan 1" + canonical(common).encode()).digest()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from google_crc32c import value as crc32c
@@ -37,7 +37,7 @@ from choral.messages import (
     Welcome,
 )
 from choral.metrics import Metric
-from choral.plan import Kind, Plan, SecurePlan, Training
+from choral.plan import ExamplePlan, Kind, Plan, PrivatePlan, SecurePlan, Training
 from choral.secagg.fixed_point import RINGS
 from choral.v1 import federation_pb2 as pb
 from choral.v1 import model_pb2 as mb
@@ -191,6 +191,8 @@ def plan_to_pb(plan: Plan) -> pb.Plan:
         cohort=plan.cohort,
         secure=pb.SecurePlan(**asdict(plan.secure)) if plan.secure is not None else None,
         noised=plan.noised,
+        private=pb.PrivatePlan(**asdict(plan.private) | _ranges(plan.private)) if plan.private is not None else None,
+        examples=pb.ExamplePlan(**asdict(plan.examples) | _ranges(plan.examples)) if plan.examples is not None else None,
     )
 
 
@@ -205,21 +207,70 @@ def plan_from_pb(message: pb.Plan) -> Plan:
     kind = _known(_KINDS_BACK, message.kind, "round kind")
     task, version = brief(message.task), brief(message.task_version)
     secure = _secure_from_pb(message.secure) if message.HasField("secure") else None
-    return Plan(kind, task, version, training, message.seed, message.evaluate, message.cohort, secure, message.noised)
+    private = _private_from_pb(message.private) if message.HasField("private") else None
+    examples = _examples_from_pb(message.examples) if message.HasField("examples") else None
+    common = training, message.seed, message.evaluate, message.cohort
+    return Plan(kind, task, version, *common, secure, message.noised, private, examples)
+
+
+def _ranges(terms: PrivatePlan | ExamplePlan) -> dict[str, list[pb.Range]]:
+    return {"ranges": [pb.Range(least=least, most=most) for least, most in terms.ranges]}
+
+
+def _must_be(within: str, message: Any, **allowed: bool) -> None:
+    """Raises InvalidMessage, which names the first field that is not allowed."""
+    for name, good in allowed.items():
+        if not good:
+            raise InvalidMessage(f"a plan that is not allowed: {within}.{name} is {getattr(message, name)}")
+
+
+def _ranges_from_pb(within: str, ranges: Iterable[pb.Range]) -> tuple[tuple[float, float], ...]:
+    found = tuple((each.least, each.most) for each in ranges)
+    for least, most in found:
+        if not (-math.inf < least < most < math.inf):
+            raise InvalidMessage(f"a plan that is not allowed: {within}.ranges has {least:g} to {most:g}")
+    return found
+
+
+def _private_from_pb(message: pb.PrivatePlan) -> PrivatePlan:
+    _must_be(
+        "private",
+        message,
+        noise=0 < message.noise < math.inf,
+        clients=message.clients >= 1,
+        clip=0 < message.clip < math.inf,
+        clip_share=0 <= message.clip_share < 1,
+        metrics_share=0 <= message.metrics_share < 1 - message.clip_share,
+    )
+    shares = message.clip_share, message.metrics_share
+    return PrivatePlan(message.noise, message.clients, message.clip, *shares, _ranges_from_pb("private", message.ranges))
+
+
+def _examples_from_pb(message: pb.ExamplePlan) -> ExamplePlan:
+    _must_be(
+        "examples",
+        message,
+        noise=0 < message.noise < math.inf,
+        clip=0 < message.clip < math.inf,
+        epsilon=0 < message.epsilon < math.inf,
+        delta=0 < message.delta < 1,
+    )
+    terms = message.noise, message.clip, message.epsilon, message.delta
+    return ExamplePlan(*terms, _ranges_from_pb("examples", message.ranges))
 
 
 def _secure_from_pb(message: pb.SecurePlan) -> SecurePlan:
-    for name, allowed in (
-        ("least_clients", message.least_clients >= 1),
-        ("most_clients", message.most_clients >= 1),
-        ("threshold", 0 <= message.threshold <= 1),
-        ("clip", 0 < message.clip < math.inf),
-        ("ring_bits", message.ring_bits in RINGS),
-        ("weight_cap", message.weight_cap >= 1),
-        ("max_norm", 0 <= message.max_norm < math.inf),
-    ):
-        if not allowed:
-            raise InvalidMessage(f"a plan that is not allowed: secure.{name} is {getattr(message, name)}")
+    _must_be(
+        "secure",
+        message,
+        least_clients=message.least_clients >= 1,
+        most_clients=message.most_clients >= 1,
+        threshold=0 <= message.threshold <= 1,
+        clip=0 < message.clip < math.inf,
+        ring_bits=message.ring_bits in RINGS,
+        weight_cap=message.weight_cap >= 1,
+        max_norm=0 <= message.max_norm < math.inf,
+    )
     return SecurePlan(
         brief(message.run),
         message.least_clients,

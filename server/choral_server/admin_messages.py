@@ -179,6 +179,7 @@ def spending(record: SpendingRecord) -> pb.Spending:
         state=record.state.value,
         next_clip=record.next_clip,
         rounds=record.rounds,
+        mode=record.mode,
     )
 
 

@@ -21,7 +21,6 @@ from choral_server import cohort
 from choral_server.failpoints import Transition
 from choral_server.grouped_sum import GroupedSum
 from choral_server.intake import Bounds, check_header
-from choral_server.masked_sum import MaskedSum
 from choral_server.records import EventRecord, RunRecord
 from choral_server.round_sum import secure_groups
 from choral_server.rounds import (
@@ -59,7 +58,7 @@ from choral_server.rounds import (
     step,
     without,
 )
-from choral_server.run import Run
+from choral_server.run import Masked, Run
 from choral_server.secure_groups import SecureGroups
 from choral_server.secure_sum import TooLate
 from choral_server.sessions import Sessions
@@ -106,10 +105,13 @@ class Collection:
         self.run = run
         self.round = round
         self.spool = spool
-        aggregate, size_bytes = run.aggregate(round.kind, round.goal, run.spending(round)), run.payload_bytes(round.kind, "").most
+        aggregate, size_bytes = (
+            run.aggregate(round.kind, run.asked(round), run.spending(round)),
+            run.payload_bytes(round.kind, "").most,
+        )
         self.tally = Tally(aggregate, spool, size_bytes, house.spool_bytes, house.troubles)
         self._house = house
-        self._sum = self._secure_groups(aggregate) if isinstance(aggregate, MaskedSum | GroupedSum) else None
+        self._sum = self._secure_groups(aggregate) if isinstance(aggregate, Masked) else None
         self._left_out: dict[str, str] = {}  # clients whose secure sum came to nothing, and why
         self._left: set[str] = set()  # clients that have left their secure sum after their result was in it
         self._telling: set[asyncio.Task[None]] = set()
@@ -164,7 +166,7 @@ class Collection:
                 self._sum.end()
         return self.round
 
-    def _secure_groups(self, aggregate: MaskedSum | GroupedSum) -> SecureGroups:
+    def _secure_groups(self, aggregate: Masked) -> SecureGroups:
         house, stall_s = self._house, self.run.settings.stall_s
         return secure_groups(
             self.run,
@@ -475,8 +477,9 @@ class Collection:
     def bounds(self) -> Bounds:
         """What a payload is held against."""
         settings, model = self.run.settings, self.run.model
-        most, private = max(settings.cohort_size, self.round.goal), settings.privacy is not None
-        return Bounds(most, model.manifest.size, model.features, settings.max_update_norm, private)
+        most, private = max(settings.cohort_size, self.round.goal), settings.privacy
+        central, noised = (private is not None and on == private.on_devices for on in (False, True))
+        return Bounds(most, model.manifest.size, model.features, settings.max_update_norm, central, noised)
 
     async def submit(self, upload: Upload) -> Receipt:
         """Offer an admissible result; its receipt, once that is stored."""

@@ -267,7 +267,7 @@ class RunSettings(Settings):
                     "compression.download: bf16 contradicts secure_aggregation, in which clients sign the digest of the version "
                     "that they train from, and what is rounded has another: take download: delta, which changes no bit"
                 )
-            secure.must_suit(self.cohort_size, self.needed, self.cap)
+            secure.must_suit(self.cohort_size, self.needed, self.cap, private=self.privacy is not None)
         return self
 
 

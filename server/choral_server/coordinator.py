@@ -122,7 +122,7 @@ class Coordinator:
             await self._give_up(run, unfinished, run.record.reason)
         elif unfinished.masked or run.settings.secure_aggregation is not None:
             await self._give_up(run, unfinished, _ANEW)
-        elif (run.settings.privacy is None) != (run.spending(unfinished) is None):
+        elif not run.suits(unfinished):
             await self._give_up(run, unfinished, _OTHERWISE)
         else:
             log.info("round taken up", run=run.record.name, round=unfinished.number, state=unfinished.state.value)
@@ -293,9 +293,9 @@ class Coordinator:
 
     async def _within_budget(self, run: Run, kind: Kind, draw: Draw) -> SpendingRecord | None:
         """What a round costs in privacy; None: more than there is left, and the run is over."""
-        assert run.ledger is not None, "it is private"
-        spending = await run.price(run.ledger, kind, draw, self._house.clock())
-        if (reason := await asyncio.to_thread(run.ledger.overspent, spending)) is None:
+        assert run.private is not None, "it is"
+        spending = await run.private.price(run.record.next_round, kind, draw, self._house.clock())
+        if (reason := await asyncio.to_thread(run.private.ledger.overspent, spending)) is None:
             return spending
         log.warning("privacy budget spent", run=run.record.name, reason=reason)
         event = EventRecord(self._house.clock(), "privacy budget spent", reason, run.record.name)

@@ -74,6 +74,7 @@ def spending_facts(spending: SpendingRecord) -> Facts:
         "state": spending.state.value,
         "rounds": spending.rounds,
         "noise": release.noise,
+        "mode": spending.mode,
         "clip": spending.clip,
         "sampling": release.sampling.value,
         "expected": release.expected,
@@ -184,7 +185,7 @@ def _event_in_words(facts: Facts) -> str:
 def _spending_in_words(facts: Facts) -> str:
     drawn = f"{facts['expected']} of {facts['population']} clients, sampling {facts['sampling']}"
     return (
-        f"run {facts['run']}: {facts['state']} for {_which(facts)}: noise {facts['noise']:g} of clip "
+        f"run {facts['run']}: {facts['state']} for {_which(facts)}: {facts['mode']} noise {facts['noise']:g} of clip "
         f"{facts['clip']:g}, {drawn}; ε {facts['epsilon_models']:.4g} (who was drawn known: {facts['epsilon_coordinator']:.4g}) "
         f"at δ {facts['delta']:g}"
     )

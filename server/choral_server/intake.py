@@ -30,7 +30,8 @@ _WORK_METRICS, _NAME = 32, 64  # how many a client may tell of its work, and how
 class Bounds:
     """What a payload is held against: the number of results that may be added, the features of statistics, the largest norm.
 
-    `size` is the number of averaged elements. Updates that are `shortened` before they count may hold any finite number.
+    `size` is the number of averaged elements. Updates that are `shortened` before they count may hold any finite number. What is
+    `noised` already may be what nothing without noise could be.
     """
 
     cohort_size: int
@@ -38,6 +39,7 @@ class Bounds:
     features: int | None = None
     max_norm: float | None = None
     shortened: bool = False
+    noised: bool = False
 
 
 def payload_bytes(kind: Kind, model_size: int, features: int | None, codec: str = "") -> Lengths:
@@ -99,7 +101,8 @@ def check_payload(header: UploadHeader, path: Path, bounds: Bounds) -> None:
         except InvalidMessage as error:
             raise UpdateRefused(f"{header.client} sends no {header.codec or _PLAIN} update: {error}") from error
     elif header.kind is Kind.STATISTICS:
-        _check_statistics(header.client, path, bounds.features)
+        check = _check_noised_statistics if bounds.noised else _check_statistics
+        check(header.client, path, bounds.features)
 
 
 def _check_statistics(client: str, path: Path, features: int | None) -> None:
@@ -112,6 +115,12 @@ def _check_statistics(client: str, path: Path, features: int | None) -> None:
     largest = max(np.abs(moments.mean).max(), moments.deviation.max())
     if largest > _LARGEST_FEATURE:
         raise UpdateRefused(f"{client} sends a mean or deviation of {largest:g}; at most {_LARGEST_FEATURE:g} is allowed")
+
+
+def _check_noised_statistics(client: str, path: Path, features: int | None) -> None:
+    vector = np.fromfile(path, dtype="<f8")
+    if vector.size != 1 + 2 * (features or 0) or not (np.abs(vector) <= _LARGEST_FEATURE).all():
+        raise UpdateRefused(f"{client} sends statistics that are undefined, or beyond {_LARGEST_FEATURE:g}")
 
 
 def _check_delta(client: str, blocks: Iterator[tuple[int, Vector]], bounds: Bounds) -> None:

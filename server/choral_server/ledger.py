@@ -15,10 +15,11 @@ from datetime import datetime
 from choral.errors import ConfigError
 from choral.plan import Kind
 from choral.privacy.accounting import Account, Accountant, Release, Sampling, epsilon, rounds_for
+from choral.privacy.skellam import as_gaussian
 
 from choral_server.cohort import Draw
 from choral_server.privacy import Privacy
-from choral_server.records import SpendingRecord, SpendingState
+from choral_server.records import DISTRIBUTED, SpendingRecord, SpendingState
 
 RoundKey = tuple[str, int]
 
@@ -46,12 +47,10 @@ class Ledger:
 
     def price(self, run: str, round: int, kind: Kind, draw: Draw, clip: float, now: datetime) -> SpendingRecord:
         """What a round over these clients is set aside for. Slow: call it in a thread. Raises ConfigError."""
-        settings = self.settings
-        if kind is Kind.TRAINING:
-            release = Release(settings.noise, settings.drawn_by, draw.expected, draw.population)
-        else:  # everybody is asked, and a mean over so many bears more noise, as it gets no cheaper by being drawn
-            more = max(1.0, draw.expected / self._cohort_size)
-            release = Release(settings.noise * more, Sampling.NONE, draw.expected, draw.population)
+        settings, distributed = self.settings, self.settings.mode == DISTRIBUTED
+        noise = settings.noise_in(kind, draw.expected, self._cohort_size)
+        sampling = settings.drawn_by if kind is Kind.TRAINING else Sampling.NONE  # of the others, everybody is asked
+        release = Release(as_gaussian(noise) if distributed else noise, sampling, draw.expected, draw.population, distributed)
         return self._spending(run, round, kind, release, clip, now)
 
     def charge(self, run: str, rounds: int, now: datetime) -> SpendingRecord:
@@ -74,7 +73,9 @@ class Ledger:
             for account in self._accounts.values():
                 account.settle(counted)
         models, known = self._both(counted + Counter({release: rounds}))
-        return SpendingRecord(run, round, kind, now, release, clip, settings.delta, models, known, rounds=rounds)
+        return SpendingRecord(
+            run, round, kind, now, release, clip, settings.delta, models, known, rounds=rounds, mode=settings.mode
+        )
 
     def overspent(self, spending: SpendingRecord) -> str | None:
         """Why a round with this price is not to be opened; None: it may. Slow."""

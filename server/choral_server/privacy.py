@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 from choral.config import Settings
+from choral.plan import Kind
 from choral.privacy.accounting import Accountant, Sampling
 from choral.privacy.noise import STEPS, Noise, discrete_gaussian, gaussian
 from pydantic import Field, model_validator
+
+from choral_server.records import CENTRAL, DISTRIBUTED, LOCAL
 
 Bound = Annotated[float, Field(allow_inf_nan=False)]
 LEAST_CLIP, LARGEST_CLIP = 1e-6, 1e6
@@ -32,7 +35,12 @@ class AdaptiveClip(Settings):
 
 
 class Privacy(Settings):
-    """Central differential privacy (McMahan et al. 2018, ICLR): the coordinator clips each update and adds noise to their sum."""
+    """Differential privacy for clients: updates are clipped, noise is added, and a budget is kept."""
+
+    mode: Literal["central", "distributed", "local"] = "central"
+    """who adds the noise, and so who must be trusted: central, the coordinator, to the sum (McMahan et al. 2018, ICLR);
+    distributed, each client a part of it, inside the sum of secure_aggregation, which must be on (Agarwal et al. 2021, NeurIPS);
+    local, each client all of it, before anything leaves it, which costs by far the most accuracy"""
 
     epsilon: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
     """the budget: the round that would spend more, over all runs in this database, is not opened, and the run ends"""
@@ -52,6 +60,8 @@ class Privacy(Settings):
     and epsilon holds for everybody"""
     accountant: Literal["rdp", "pld"] = "rdp"
     """how epsilon is counted: rdp, a tenth of a second for each round with poisson; pld, lower, and a second or more"""
+    honest: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """in mode distributed, the share of the clients in a sum whose noise is counted on; what others add is not"""
     discrete: bool = False
     """add exactly discrete Gaussian noise, without any floating point, which takes eight times as long"""
     metrics: dict[str, Annotated[tuple[Bound, Bound], Field(strict=False)]] | None = None
@@ -64,10 +74,31 @@ class Privacy(Settings):
     def _usable(self) -> Self:
         if self.accountant == "pld" and self.sampling == "fixed":
             raise ValueError("accountant: pld cannot account for sampling: fixed: take accountant: rdp, or sampling: poisson")
+        self._on_devices_possible()
         for name, (least, most) in (self.metrics or {}).items():
             if not least < most:
                 raise ValueError(f"metrics.{name}: {least:g} to {most:g} is no range; give the smallest value first")
         return self
+
+    def _on_devices_possible(self) -> None:
+        """Raises ValueError: clients add the noise, and another setting is about noise that the coordinator adds."""
+        if self.mode != DISTRIBUTED and self.honest != 1:
+            raise ValueError(
+                f"honest {self.honest:g} is for mode: distributed, where each client adds a part of the noise: remove it"
+            )
+        if not self.on_devices:
+            return
+        if self.sampling != "none":
+            raise ValueError(
+                f"sampling: {self.sampling} contradicts mode: {self.mode}: that nobody learns who was drawn is the coordinator's "
+                "word, which this mode does not rest on: take sampling: none, or mode: central"
+            )
+        if self.discrete:
+            raise ValueError(f"discrete is for noise that the coordinator adds, and in mode: {self.mode} clients do: remove it")
+        if self.mode == DISTRIBUTED and self.accountant == "pld":
+            raise ValueError("accountant: pld cannot account for the noise of mode: distributed: take rdp")
+        if self.mode == LOCAL and self.adaptive is not None:
+            raise ValueError("adaptive contradicts mode: local, where how many updates were shortened drowns in noise: give clip")
 
     @property
     def drawn_by(self) -> Sampling:
@@ -88,6 +119,15 @@ class Privacy(Settings):
         """How a training round's privacy is divided."""
         return Shares(_CLIP_SHARE if self.adaptive is not None else 0.0, self.metrics_share if self.metrics is not None else 0.0)
 
+    @property
+    def on_devices(self) -> bool:
+        """Whether clients add the noise."""
+        return self.mode != CENTRAL
+
+    def noise_in(self, kind: Kind, expected: int, cohort_size: int) -> float:
+        """The noise in a round. A mean over everybody bears more of it, as it gets no cheaper by being drawn."""
+        return self.noise if kind is Kind.TRAINING or self.mode == LOCAL else self.noise * max(1.0, expected / cohort_size)
+
     def must_suit(self, weight_cap: int | None, over_selection: float, max_update_norm: float | None, secure: bool) -> None:
         """Raises ValueError: other settings of the run would make untrue what is counted."""
         if weight_cap not in (None, 1):
@@ -104,10 +144,12 @@ class Privacy(Settings):
             raise ValueError(
                 f"max_update_norm {max_update_norm:g} contradicts privacy: that an update is refused tells of it; clip shortens it"
             )
-        if secure:
+        if secure != (self.mode == DISTRIBUTED):
             raise ValueError(
-                "secure_aggregation contradicts privacy in this release: the coordinator clips each update, which it then does not "
-                "see: take one of the two"
+                "mode: distributed puts the noise into the sum of secure_aggregation: turn that on, or take another mode"
+                if not secure
+                else f"secure_aggregation contradicts privacy.mode {self.mode}: the coordinator does not see what it would "
+                "clip, and of noise in a sum each client need add only a part: take mode: distributed"
             )
 
     def too_large(self, size: int) -> str | None:

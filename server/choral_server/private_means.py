@@ -9,15 +9,10 @@ from pathlib import Path
 import numpy as np
 from choral.metrics import Metric
 from choral.privacy.noise import STEPS, Noise
+from choral.privacy.told import Range, Vector, bounded, moments_behind_noise, scaled_metrics, scaled_moments, unscaled
 from choral.statistics import Moments
-from numpy.typing import NDArray
 
 from choral_server.rounds import Part
-
-Vector = NDArray[np.float64]
-Range = tuple[float, float]
-_LEAST_DEVIATION = 0.05  # of half a range: less than that would blow up what is rare
-_UNIFORM_SQUARE, _UNIFORM_SQUARE_VARIANCE = 1 / 3, 4 / 45  # of a uniform number in -1 to 1: mean and variance of its square
 
 
 def noised_mean(vectors: Iterable[Vector], size: int, noise: float, expected: int, source: Noise) -> Vector:
@@ -28,7 +23,7 @@ def noised_mean(vectors: Iterable[Vector], size: int, noise: float, expected: in
     steps = STEPS / (noise * math.sqrt(size))
     total = np.zeros(size, dtype=np.int64)
     for vector in vectors:
-        total += np.trunc(np.clip(np.nan_to_num(vector), -1.0, 1.0) * steps).astype(np.int64)  # never away from zero
+        total += np.trunc(bounded(vector) * steps).astype(np.int64)  # never away from zero
     return (total + source(size)) / (steps * expected)
 
 
@@ -42,14 +37,10 @@ def noised_metrics(
     names = tuple(ranges)
 
     def told(part: Part) -> Vector:
-        values = {metric.name: metric.value for metric in part.held_out}
-        return np.array([_scaled(values[name], ranges[name]) if name in values else 0.0 for name in names])
+        return scaled_metrics({metric.name: metric.value for metric in part.held_out}, names, tuple(ranges.values()))
 
     means = noised_mean(map(told, parts), len(names), noise, expected, source)
-    return tuple(
-        Metric(name, _unscaled(float(np.clip(mean, -1, 1)), ranges[name]), expected)
-        for name, mean in zip(names, means, strict=True)
-    )
+    return tuple(Metric(name, unscaled(float(mean), ranges[name]), expected) for name, mean in zip(names, means, strict=True))
 
 
 class PrivateStatistics:
@@ -60,7 +51,7 @@ class PrivateStatistics:
     """
 
     def __init__(self, ranges: Sequence[Range], noise: float, expected: int, source: Noise) -> None:
-        self._ranges = np.array(ranges, dtype=np.float64).reshape(-1, 2)
+        self._ranges = tuple(ranges)
         self._noise = noise
         self._expected = expected
         self._source = source
@@ -69,11 +60,7 @@ class PrivateStatistics:
 
     def fold(self, part: Part, path: Path) -> None:
         """Add the statistics in the file at `path`, the accepted result of `part`."""
-        moments = Moments.from_vector(np.fromfile(path, dtype="<f8"))
-        middle, half = self._scale
-        mean = (moments.mean - middle) / half
-        square = moments.m2 / moments.count / half**2 + np.square(mean)
-        self._parts[part.client] = np.concatenate([mean, 2 * square - 1])
+        self._parts[part.client] = scaled_moments(Moments.from_vector(np.fromfile(path, dtype="<f8")), self._ranges)
 
     def moments(self) -> Moments:
         """Of all clients together; the noise is drawn once."""
@@ -83,30 +70,4 @@ class PrivateStatistics:
     def _noised(self) -> Moments:
         size = 2 * len(self._ranges)
         found = noised_mean(self._parts.values(), size, self._noise, self._expected, self._source)
-        variance = size * (self._noise / self._expected) ** 2
-        mean = found[: size // 2] * _kept(_UNIFORM_SQUARE, variance)
-        square = _UNIFORM_SQUARE + ((found[size // 2 :] + 1) / 2 - _UNIFORM_SQUARE) * _kept(_UNIFORM_SQUARE_VARIANCE, variance / 4)
-        mean = np.clip(mean, -1, 1)
-        deviation = np.sqrt(np.maximum(square - np.square(mean), _LEAST_DEVIATION**2))
-        middle, half = self._scale
-        return Moments(float(self._expected), middle + half * mean, self._expected * np.square(half * deviation))
-
-    @property
-    def _scale(self) -> tuple[Vector, Vector]:
-        least, most = self._ranges.T
-        return (least + most) / 2, (most - least) / 2
-
-
-def _kept(prior: float, noise: float) -> float:
-    """By what to multiply a number that was found with noise of this variance and was expected to vary by `prior`."""
-    return prior / (prior + noise)
-
-
-def _scaled(value: float, within: Range) -> float:
-    least, most = within
-    return 2 * (value - least) / (most - least) - 1
-
-
-def _unscaled(value: float, within: Range) -> float:
-    least, most = within
-    return least + (value + 1) / 2 * (most - least)
+        return moments_behind_noise(found, self._ranges, size * (self._noise / self._expected) ** 2, self._expected)

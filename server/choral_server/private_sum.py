@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 from choral.privacy.noise import STEPS, Noise
+from choral.privacy.told import SHORTER
 from numpy.typing import NDArray
 
 from choral_server.aggregate import WeightedSum
 from choral_server.payload import decoded
 from choral_server.rounds import Part
-
-_SHORTER = 1 - 2.0**-20  # by what a norm computed in float64 may be too small
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class PrivateSum:
         self._source = source
         self._sum = WeightedSum(size, 1, steps)
         assert steps > 0, "the configuration bounds noise and clip"
-        self._longest = (terms.clip - math.sqrt(size) / 2 / steps) * _SHORTER  # so that rounding leaves it within the clip
+        self._longest = (terms.clip - math.sqrt(size) / 2 / steps) * SHORTER  # so that rounding leaves it within the clip
         self._within: float | None = None
         self._noised = False
 

@@ -102,6 +102,9 @@ class ClientRecord:
     away_until: datetime | None = None
 
 
+CENTRAL, DISTRIBUTED, LOCAL = "central", "distributed", "local"  # who adds the noise of a private round
+
+
 class SpendingState(enum.Enum):
     """Whether what was set aside for a round is spent."""
 
@@ -117,8 +120,9 @@ class SpendingRecord:
     Rounds that are not in the database any more, for which an operator answers, are one record of so many `rounds` together, with a
     negative number for `round`.
 
-    `epsilon_models` is what all that counts has cost until then, this round included, for whoever cannot know who was drawn;
-    `epsilon_coordinator` for whoever does; both at `delta`. `next_clip` is what the round made of a clip that follows the updates.
+    `mode` says who adds the noise. `epsilon_models` is what all that counts has cost until then, this round included, for whoever
+    cannot know who was drawn; `epsilon_coordinator` for whoever does; both at `delta`. `next_clip` is what the round made of a clip
+    that follows the updates.
     """
 
     run: str
@@ -133,6 +137,7 @@ class SpendingRecord:
     state: SpendingState = SpendingState.RESERVED
     next_clip: float | None = None
     rounds: int = 1
+    mode: str = CENTRAL
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,9 @@ from choral.secagg.roster import Terms, Vouch
 from choral.sum_messages import ToSummand
 
 from choral_server.grouped_sum import GroupedSum
-from choral_server.masked_sum import MaskedSum
 from choral_server.offload import offload
 from choral_server.rounds import Round
-from choral_server.run import Run
+from choral_server.run import Masked, Run
 from choral_server.secure_groups import SecureGroups
 from choral_server.secure_sum import SecureSum
 from choral_server.unmasking import Unmasking
@@ -25,7 +24,7 @@ log = structlog.get_logger()
 def secure_groups(
     run: Run,
     round: Round,
-    aggregate: MaskedSum | GroupedSum,
+    aggregate: Masked,
     vouch: Vouch,
     longest_s: float,
     say: Callable[[str, ToSummand], None],
@@ -38,11 +37,11 @@ def secure_groups(
 
     The rest is as in `SecureSum` and `SecureGroups`.
     """
-    plan, settings = run.plan(round.kind, round.goal, 0), run.settings.secure_aggregation
+    plan, settings = run.plan(round.kind, run.asked(round), 0), run.settings.secure_aggregation
     assert plan.secure is not None, "or there would be no masked sum"
     assert settings is not None, "nor without these"
     terms = Terms(plan.secure.run, round.number, round.parent, digest_of(plan), plan.secure.threshold)
-    least, step_s, size_bytes = settings.minimum_cohort, settings.step_s, run.payload_bytes(round.kind, MASKED).most
+    least, step_s, size_bytes = plan.secure.least_clients, settings.step_s, run.payload_bytes(round.kind, MASKED).most
     sums = aggregate.sums if isinstance(aggregate, GroupedSum) else [aggregate]
 
     def make(group: int, done: Callable[[], None], came_to_nothing: Callable[[str], None]) -> SecureSum:

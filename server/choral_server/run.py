@@ -23,10 +23,9 @@ from choral.secagg.fixed_point import FixedPoint
 from choral.secagg.summand import Layout, layout_of
 from numpy.typing import NDArray
 
-from choral_server import objective
+from choral_server import objective, private_rounds
 from choral_server.aggregate import WeightedSum
 from choral_server.checkpoints import BEST, LATEST, Checkpoints, Make
-from choral_server.cohort import Draw
 from choral_server.config import ServerConfig
 from choral_server.failpoints import Transition
 from choral_server.global_model import GlobalModel
@@ -35,12 +34,13 @@ from choral_server.intake import digest_of as digest_of_file
 from choral_server.intake import payload_bytes
 from choral_server.ledger import Ledger
 from choral_server.masked_sum import MaskedSum
+from choral_server.noised_sum import NoisedStatistics, NoisedSum
 from choral_server.offload import offload
 from choral_server.optimizer_state import OptimizerState, StateWriter
 from choral_server.patience import STORES, patiently
-from choral_server.privacy import Privacy, noise_of
-from choral_server.private_means import PrivateStatistics, noised_metrics
-from choral_server.private_sum import PrivateSum, Terms
+from choral_server.private_means import PrivateStatistics
+from choral_server.private_rounds import PrivateRounds
+from choral_server.private_sum import PrivateSum
 from choral_server.records import (
     OVER,
     EventRecord,
@@ -49,10 +49,9 @@ from choral_server.records import (
     RunRecord,
     RunState,
     SpendingRecord,
-    SpendingState,
     VersionRecord,
 )
-from choral_server.rounds import PartState, Round, RoundState, published
+from choral_server.rounds import PartState, Round, published
 from choral_server.statistics_sum import StatisticsSum
 from choral_server.store import Store
 from choral_server.strategies import step
@@ -60,7 +59,9 @@ from choral_server.task_code import TaskCode
 from choral_server.troubles import Troubles
 from choral_server.version_forms import VersionForms
 
-Aggregate = WeightedSum | StatisticsSum | MaskedSum | GroupedSum | PrivateSum | PrivateStatistics | None
+Masked = MaskedSum | GroupedSum | NoisedSum
+"""what is added behind masks, of which a restart can make nothing"""
+Aggregate = WeightedSum | StatisticsSum | Masked | PrivateSum | PrivateStatistics | NoisedStatistics | None
 ARTIFACTS, EVALUATION = "artifacts", "evaluation"
 _NAMED = 10  # versions named in a message
 
@@ -101,8 +102,9 @@ class Run:
         self._code = code
         self._state: OptimizerState | None = None  # that belongs to the weights
         self._sum: WeightedSum | None = None  # of the last round, to be used again
-        private = config.run.privacy
-        self.ledger = Ledger(private, config.run.cohort_size, store.spendings) if private is not None else None
+        blueprint, size = code.blueprint, self.model.manifest.size
+        terms = config.run, record.name, size, self.metrics, blueprint.ranges, store
+        self.private = PrivateRounds(*terms) if config.run.privacy is not None else None
         self._store = store
         self._troubles = troubles
         self._evaluators = Evaluators.of(config)
@@ -194,11 +196,15 @@ class Run:
     def plan(self, kind: Kind, goal: int, seed: int) -> Plan:
         """What a client is asked to do in a round of this kind that is to be made of `goal` results."""
         evaluate, secure = kind is not Kind.STATISTICS and self.clients_measure, None
+        private = self.private.plan(kind, goal, evaluate) if self.private is not None else None
         if (settings := self.settings.secure_aggregation) is not None:
             name = f"{self.record.name}/{self.record.nonce}"
             secure = settings.plan(kind, name, goal, self.settings.cap, self.settings.max_update_norm)
-        noised = self.settings.privacy is not None
-        return Plan(kind, self.record.task, self.record.task_version, self.training, seed, evaluate, goal, secure, noised)
+            if self.private is not None and private is not None:
+                secure = self.private.secure(secure, kind, private)
+        noised = self.private is not None
+        common = self.record.task, self.record.task_version, self.training, seed, evaluate, goal
+        return Plan(kind, *common, secure, noised, private)
 
     def layout(self, plan: Plan) -> Layout:
         """How a result that is summed securely is laid out."""
@@ -226,13 +232,13 @@ class Run:
             return Lengths(length, length)
         return payload_bytes(kind, self.model.manifest.size, self.model.features, codec)
 
-    async def price(self, ledger: Ledger, kind: Kind, draw: Draw, now: datetime) -> SpendingRecord:
-        """What the next round costs in privacy, over these clients."""
-        record = self.record
-        return await asyncio.to_thread(ledger.price, record.name, record.next_round, kind, draw, ledger.clip(record.name), now)
+    @property
+    def ledger(self) -> Ledger | None:
+        """The privacy budget; None: nothing is private."""
+        return self.private.ledger if self.private is not None else None
 
     def spending(self, round: Round) -> SpendingRecord | None:
-        """What was set aside for a round."""
+        """What was set aside of the privacy budget for a round."""
         return self._store.spendings.get((round.run, round.number))
 
     def asked(self, round: Round) -> int:
@@ -240,23 +246,25 @@ class Run:
         spending = self.spending(round)
         return round.goal if spending is None else spending.release.expected
 
+    def suits(self, round: Round) -> bool:
+        """Whether an earlier process opened a round as this one would."""
+        if self.private is None:
+            return self.spending(round) is None
+        return self.private.suits(round)
+
     def returned(self, before: Round, after: Round) -> tuple[SpendingRecord, ...]:
-        """What comes back from a round that was abandoned; of one that was closed already, what it gives may have been written."""
-        spending = self.spending(after)
-        if spending is None or after.state is not RoundState.ABANDONED:
-            return ()
-        was_open = before.state is RoundState.OPEN
-        return (replace(spending, state=SpendingState.RETURNED if was_open else SpendingState.SPENT),)
+        """What comes back of the privacy budget from a round that was abandoned."""
+        return private_rounds.returned(self.spending(after), before, after)
 
     def aggregate(self, kind: Kind, goal: int, spending: SpendingRecord | None = None) -> Aggregate:
         """An empty aggregate for a round of this kind that is to be made of `goal` results; there is one at a time.
 
         `spending` is what was set aside for it, if it is private.
         """
-        if (private := self.settings.privacy) is not None:
-            assert spending is not None, "a private round is opened with it, and one that was not is given up"
-            return self._private_aggregate(kind, private, spending)
         plan, settings = self.plan(kind, goal, 0), self.settings.secure_aggregation
+        if self.private is not None:
+            assert spending is not None, "a private round is opened with it, and one that was not is given up"
+            return self.private.aggregate(kind, spending, plan)
         if settings is not None and plan.secure is not None:
             layout, secure = self.layout(plan), plan.secure
             scale = FixedPoint(secure.clip, secure.fraction_bits, secure.ring_bits, goal)
@@ -267,17 +275,6 @@ class Run:
             return self._sum.emptied()
         return StatisticsSum() if kind is Kind.STATISTICS else None
 
-    def _private_aggregate(self, kind: Kind, private: Privacy, spending: SpendingRecord) -> Aggregate:
-        release, source, shares = spending.release, private.source(), private.shares
-        if kind is Kind.STATISTICS:
-            assert self.model.blueprint.ranges is not None, "checked at the start"
-            return PrivateStatistics(self.model.blueprint.ranges, release.noise, release.expected, source)
-        if kind is Kind.EVALUATION:
-            return None
-        clip_noise = noise_of(shares.clip, release.noise) if shares.clip else None
-        terms = Terms(spending.clip, shares.update(release.noise), release.expected, clip_noise)
-        return PrivateSum(self.model.manifest.size, terms, source)
-
     def make_version(self, kind: Kind, aggregate: Aggregate, weights: Path, state: Path) -> bytes:
         """Write the next version, and the optimizer's state, from what a round collected; the version's SHA-256.
 
@@ -286,11 +283,11 @@ class Run:
         """
         metadata = self._metadata(self.record.latest + 1)
         if kind is Kind.STATISTICS:
-            assert isinstance(aggregate, StatisticsSum | MaskedSum | PrivateStatistics), "the others are of updates"
+            assert isinstance(aggregate, StatisticsSum | MaskedSum | PrivateStatistics | NoisedSum | NoisedStatistics), "of updates"
             if self._state is not None:
                 self._state.copy(state)
             return self.model.write_standardized(weights, metadata, aggregate.moments())
-        assert isinstance(aggregate, WeightedSum | MaskedSum | GroupedSum | PrivateSum), "the others are of statistics"
+        assert isinstance(aggregate, WeightedSum | PrivateSum | Masked), "the others are of statistics"
         with StateWriter(state, self.model.manifest.size) as writer:
 
             def next_weights(present: NDArray[np.float32], start: int) -> NDArray[np.float32]:
@@ -347,28 +344,18 @@ class Run:
 
     def _measured(self, closed: Round, aggregate: Aggregate) -> tuple[Metric, ...]:
         """What the clients of a closed round have measured, together."""
-        if isinstance(aggregate, MaskedSum | GroupedSum):
+        if isinstance(aggregate, Masked):
             return aggregate.held_out()
+        if self.private is not None:
+            return self.private.measured(closed)
         accepted = [part for part in closed.parts.values() if part.state is PartState.ACCEPTED]
-        if (private := self.settings.privacy) is None:
-            cap = self.settings.cap
-            return weighted_mean(replace(m, examples=min(m.examples, cap)) for part in accepted for m in part.held_out)
-        spending = self.spending(closed)
-        if spending is None or private.metrics is None or closed.kind is Kind.STATISTICS:
-            return ()
-        total = spending.release.noise
-        noise = total if closed.kind is Kind.EVALUATION else noise_of(private.shares.metrics, total)
-        return noised_metrics(accepted, private.metrics, noise, spending.release.expected, private.source())
+        cap = self.settings.cap
+        return weighted_mean(replace(m, examples=min(m.examples, cap)) for part in accepted for m in part.held_out)
 
     def _spent(self, closed: Round, aggregate: Aggregate) -> tuple[SpendingRecord, ...]:
-        """What was set aside for a round is spent; and how long updates of the next one may be."""
-        if (spending := self.spending(closed)) is None:
-            return ()
-        after = replace(spending, state=SpendingState.SPENT)
-        private = self.settings.privacy
-        if private is None or private.adaptive is None or not isinstance(aggregate, PrivateSum) or aggregate.within is None:
-            return (after,)
-        return (replace(after, next_clip=private.adaptive.next(spending.clip, aggregate.within)),)
+        """What is spent of the privacy budget with a round."""
+        within = aggregate.within if isinstance(aggregate, PrivateSum | NoisedSum) else None
+        return self.private.spent(closed, within) if self.private is not None else ()
 
     async def can_go_back_to(self, number: int) -> VersionRef:
         """A version that is at hand. Raises UnknownVersion: it never was, or is not kept; ConfigError: it is damaged."""

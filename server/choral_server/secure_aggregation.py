@@ -57,8 +57,10 @@ class SecureAggregation(Settings):
         terms = share, self.clip, scale.fraction_bits, scale.ring_bits
         return SecurePlan(run, self.minimum_cohort, clients, *terms, weight_cap, norm)
 
-    def must_suit(self, cohort_size: int, quorum: int, weight_cap: int) -> None:
+    def must_suit(self, cohort_size: int, quorum: int, weight_cap: int, *, private: bool = False) -> None:
         """Raises ValueError, with the arithmetic: a round of this size cannot be summed so, or not safely, or not well."""
+        if private:
+            self._must_suit_privacy()
         if cohort_size > LARGEST_COHORT:
             raise ValueError(
                 f"secure_aggregation sums {LARGEST_COHORT} clients at the most, and cohort_size is {cohort_size}: lower that"
@@ -76,10 +78,25 @@ class SecureAggregation(Settings):
                 f"{quorum // self.groups}, and minimum_cohort is {self.minimum_cohort}: fewer groups, or a larger quorum"
             )
         try:
-            scale = self.scale(cohort_size)
             shape_of(cohort_size, self.threshold or 0.0)
+            scale = None if private else self.scale(cohort_size)  # what is private has steps of its own
         except ConfigError as error:
             raise ValueError(f"secure_aggregation: {error}") from None
+        if scale is not None:
+            self._must_resolve(weight_cap, scale)
+
+    def _must_suit_privacy(self) -> None:
+        """Raises ValueError: what each client adds is bounded by run.privacy, and its noise is for one sum."""
+        if self.groups > 1:
+            raise ValueError(
+                f"secure_aggregation.groups {self.groups} contradicts privacy: noise that is enough for one sum of all "
+                "would have to be in each group's: remove groups"
+            )
+        for name in sorted({"clip", "fraction_bits"} & self.model_fields_set):
+            raise ValueError(f"secure_aggregation.{name} contradicts privacy, whose clip and noise say how to round: remove it")
+
+    def _must_resolve(self, weight_cap: int, scale: FixedPoint) -> None:
+        """Raises ValueError: a client with few examples would drown in the rounding."""
         steps = self.clip * 2.0**scale.fraction_bits
         if weight_cap * 2**_RESOLVED_BITS > steps:
             raise ValueError(

@@ -21,6 +21,8 @@ from choral_server.caller import Role
 from choral_server.history import Entry
 from choral_server.objective import Progress
 from choral_server.records import (
+    CENTRAL,
+    DISTRIBUTED,
     ClientRecord,
     EventRecord,
     MemberRecord,
@@ -263,6 +265,7 @@ SPENDINGS = Table(
     Column("state", Words, nullable=False),
     Column("next_clip", sa.Double),
     Column("rounds", sa.BigInteger, nullable=False),
+    Column("mode", Words, nullable=False, server_default=CENTRAL),
 )
 
 LEASES = Table(
@@ -479,6 +482,7 @@ def spending_to_row(record: SpendingRecord) -> Row:
         "state": record.state.value,
         "next_clip": record.next_clip,
         "rounds": record.rounds,
+        "mode": record.mode,
     }
 
 
@@ -486,7 +490,7 @@ def spending_from_row(row: Row) -> SpendingRecord:
     """The spending that was stored."""
     kept = dict(row)
     terms = {name: kept.pop(name) for name in ("noise", "expected", "population")}
-    release = Release(**terms, sampling=Sampling(kept.pop("sampling")))
+    release = Release(**terms, sampling=Sampling(kept.pop("sampling")), whole=kept["mode"] == DISTRIBUTED)
     return SpendingRecord(
         **kept | {"kind": Kind(kept["kind"]), "state": SpendingState(kept["state"])},
         release=release,

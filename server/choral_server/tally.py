@@ -9,12 +9,10 @@ import structlog
 from choral_server import failpoints
 from choral_server.aggregate import WeightedSum
 from choral_server.failpoints import Step
-from choral_server.grouped_sum import GroupedSum
-from choral_server.masked_sum import MaskedSum
 from choral_server.offload import offload
 from choral_server.private_sum import PrivateSum
 from choral_server.rounds import Part
-from choral_server.run import Aggregate
+from choral_server.run import Aggregate, Masked
 from choral_server.spool import DISK, RoundSpool
 from choral_server.troubles import Troubles
 
@@ -37,7 +35,7 @@ class Tally:
 
         Returns those of which nothing is left, or only damaged: a power cut may take what was not durable.
         """
-        if isinstance(self.aggregate, MaskedSum | GroupedSum):  # what is left was masked for a sum whose keys are gone
+        if isinstance(self.aggregate, Masked):  # what is left was masked for a sum whose keys are gone
             gone = list(accepted)
             self._spool.drop(gone)
             return gone
@@ -65,7 +63,7 @@ class Tally:
             return
         await offload(self._result_bytes, self.aggregate.fold, part, self._spool.path(part.client, part.digest))
         failpoints.reach(Step.UPLOAD_FOLDED.value)
-        if isinstance(self.aggregate, MaskedSum | GroupedSum):  # of which a restart could make nothing
+        if isinstance(self.aggregate, Masked):  # of which a restart could make nothing
             self._spool.drop([part])
             return
         self._kept.append(part)

@@ -9,11 +9,12 @@ import copy
 import enum
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from choral.errors import ConfigError
+from choral.privacy.gaussian import WHOLE_ORDERS
 
 _MOST_ROUNDS = 1 << 20
 _LEAST_NOISE, _MOST_NOISE = 0.05, 1e4
@@ -43,13 +44,15 @@ class Accountant(enum.Enum):
 class Release:
     """A sum over clients, each of which can move it by 1, with Gaussian noise of standard deviation `noise`.
 
-    `expected` of `population` clients were drawn by `sampling`.
+    `expected` of `population` clients were drawn by `sampling`. `whole`: the noise is only known to cost no more than a Gaussian at
+    whole orders of Rényi differential privacy (`skellam`).
     """
 
     noise: float
     sampling: Sampling = Sampling.NONE
     expected: int = 1
     population: int = 1
+    whole: bool = False
 
 
 def epsilon(
@@ -71,42 +74,55 @@ class Account:
         self._amplified = amplified
         self._settled: Counter[Release] = Counter()
         self._made: Any = None
-        self._replaced = False
+        self._how = _How()
 
     def settle(self, releases: Mapping[Release, int]) -> None:
         """These are all until now, and will stay. Raises as `epsilon`."""
-        replaced = any(release.sampling is Sampling.FIXED for release in releases)
-        if self._made is None or replaced != self._replaced or self._settled - Counter(releases):
-            self._made, self._settled, self._replaced = self._fresh(replaced), Counter(), replaced
-        self._compose(self._made, Counter(releases) - self._settled)
+        how = _How.of(releases)
+        if self._made is None or how != self._how or self._settled - Counter(releases):
+            self._made, self._settled, self._how = self._fresh(how), Counter(), how
+        self._compose(self._made, Counter(releases) - self._settled, how)
         self._settled = Counter(releases)
 
     def epsilon(self, releases: Mapping[Release, int], delta: float) -> float:
         """ε of all these releases together, whatever is settled of them. Raises ConfigError, as the function."""
         if not any(releases.values()):
             return 0.0
-        replaced, more = any(release.sampling is Sampling.FIXED for release in releases), Counter(releases) - self._settled
-        known = self._made is not None and replaced == self._replaced and not self._settled - Counter(releases)
-        made = copy.deepcopy(self._made) if known else self._fresh(replaced)
-        self._compose(made, more if known else releases, replaced)
+        how, more = _How.of(releases), Counter(releases) - self._settled
+        known = self._made is not None and how == self._how and not self._settled - Counter(releases)
+        made = copy.deepcopy(self._made) if known else self._fresh(how)
+        self._compose(made, more if known else releases, how)
         return float(made.get_epsilon(delta))
 
-    def _compose(self, made: Any, releases: Mapping[Release, int], replaced: bool | None = None) -> None:
-        dp, replaced = _library(), self._replaced if replaced is None else replaced
+    def _compose(self, made: Any, releases: Mapping[Release, int], how: _How) -> None:
+        dp = _library()
         for release, count in releases.items():
             if count:
-                made.compose(_event(dp, release, self._amplified, replaced), count)
+                made.compose(_event(dp, release, self._amplified, how.replaced), count)
 
-    def _fresh(self, replaced: bool) -> Any:
+    def _fresh(self, how: _How) -> Any:
         dp = _library()
-        one = dp.NeighboringRelation.REPLACE_ONE if replaced else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
-        if self._accountant is Accountant.RDP or replaced:  # PLD knows no cohorts of a fixed size, and RDP is never too low
+        one = dp.NeighboringRelation.REPLACE_ONE if how.replaced else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+        if self._accountant is Accountant.RDP or how.replaced or how.whole:  # PLD knows neither, and RDP is never too low
             from dp_accounting import rdp
 
-            return rdp.RdpAccountant(neighboring_relation=one)
+            return rdp.RdpAccountant(WHOLE_ORDERS if how.whole else None, neighboring_relation=one)
         from dp_accounting import pld
 
         return pld.PLDAccountant(neighboring_relation=one)
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What decides how releases are counted together: whether one client replaces another, and whether only whole orders hold."""
+
+    replaced: bool = False
+    whole: bool = False
+
+    @classmethod
+    def of(cls, releases: Iterable[Release]) -> _How:
+        there = tuple(releases)
+        return cls(any(one.sampling is Sampling.FIXED for one in there), any(one.whole for one in there))
 
 
 def noise_for(

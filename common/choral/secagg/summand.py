@@ -13,6 +13,7 @@ import numpy as np
 
 from choral.metrics import Metric
 from choral.plan import Kind, Plan
+from choral.privacy.told import told_by
 from choral.secagg import wide
 from choral.secagg.fixed_point import Ring
 from choral.secagg.masks import Mask
@@ -55,6 +56,8 @@ def layout_of(plan: Plan, size: int, features: int | None, metrics: Sequence[str
     """Of a round's results: `size` averaged elements, statistics of `features`, and `metrics` measured; the plan must be secure."""
     assert plan.secure is not None, "only what is summed securely is laid out so"
     bits = plan.secure.ring_bits
+    if plan.private is not None:  # all that is told has noise, and is behind the update
+        return Layout(told_by(plan, size).size, bits, (CLIENTS,))
     if plan.kind is Kind.STATISTICS:
         sums = [name for number in range(features or 0) for name in feature_sums(number)]
         return Layout(0, bits, (CLIENTS, COUNT, *sums))

@@ -814,6 +814,7 @@ class Spending(google.protobuf.message.Message):
     STATE_FIELD_NUMBER: builtins.int
     NEXT_CLIP_FIELD_NUMBER: builtins.int
     ROUNDS_FIELD_NUMBER: builtins.int
+    MODE_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     round: builtins.int
@@ -842,6 +843,8 @@ class Spending(google.protobuf.message.Message):
     """What the round made of a clip that follows the updates; absent if the clip does not."""
     rounds: builtins.int
     """How many rounds it is for: more than one if an operator has charged them, and then the number above is negative. Unit: rounds."""
+    mode: builtins.str
+    """Who added the noise: central, distributed or local."""
     @property
     def at(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was set aside."""
@@ -864,9 +867,10 @@ class Spending(google.protobuf.message.Message):
         state: builtins.str = ...,
         next_clip: builtins.float | None = ...,
         rounds: builtins.int = ...,
+        mode: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_next_clip", b"_next_clip", "at", b"at", "next_clip", b"next_clip"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_next_clip", b"_next_clip", "at", b"at", "clip", b"clip", "delta", b"delta", "epsilon_coordinator", b"epsilon_coordinator", "epsilon_models", b"epsilon_models", "expected", b"expected", "kind", b"kind", "next_clip", b"next_clip", "noise", b"noise", "population", b"population", "round", b"round", "rounds", b"rounds", "run", b"run", "sampling", b"sampling", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_next_clip", b"_next_clip", "at", b"at", "clip", b"clip", "delta", b"delta", "epsilon_coordinator", b"epsilon_coordinator", "epsilon_models", b"epsilon_models", "expected", b"expected", "kind", b"kind", "mode", b"mode", "next_clip", b"next_clip", "noise", b"noise", "population", b"population", "round", b"round", "rounds", b"rounds", "run", b"run", "sampling", b"sampling", "state", b"state"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_next_clip", b"_next_clip"]) -> typing.Literal["next_clip"] | None: ...
 
 global___Spending = Spending

@@ -483,6 +483,8 @@ class Plan(google.protobuf.message.Message):
     COHORT_FIELD_NUMBER: builtins.int
     SECURE_FIELD_NUMBER: builtins.int
     NOISED_FIELD_NUMBER: builtins.int
+    PRIVATE_FIELD_NUMBER: builtins.int
+    EXAMPLES_FIELD_NUMBER: builtins.int
     kind: choral.v1.model_pb2.RoundKind.ValueType
     """Which kind of work."""
     task: builtins.str
@@ -507,6 +509,14 @@ class Plan(google.protobuf.message.Message):
     def secure(self) -> global___SecurePlan:
         """How the results are summed so that the coordinator sees the sum alone; absent: each is sent as it is."""
 
+    @property
+    def private(self) -> global___PrivatePlan:
+        """The noise that each client adds before anything leaves it; absent: none."""
+
+    @property
+    def examples(self) -> global___ExamplePlan:
+        """How training hides single examples; absent: it does not."""
+
     def __init__(
         self,
         *,
@@ -521,11 +531,111 @@ class Plan(google.protobuf.message.Message):
         cohort: builtins.int = ...,
         secure: global___SecurePlan | None = ...,
         noised: builtins.bool = ...,
+        private: global___PrivatePlan | None = ...,
+        examples: global___ExamplePlan | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["secure", b"secure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "cohort", b"cohort", "epochs", b"epochs", "evaluate", b"evaluate", "kind", b"kind", "learning_rate", b"learning_rate", "noised", b"noised", "secure", b"secure", "seed", b"seed", "task", b"task", "task_version", b"task_version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["examples", b"examples", "private", b"private", "secure", b"secure"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "cohort", b"cohort", "epochs", b"epochs", "evaluate", b"evaluate", "examples", b"examples", "kind", b"kind", "learning_rate", b"learning_rate", "noised", b"noised", "private", b"private", "secure", b"secure", "seed", b"seed", "task", b"task", "task_version", b"task_version"]) -> None: ...
 
 global___Plan = Plan
+
+@typing.final
+class Range(google.protobuf.message.Message):
+    """The smallest and the largest value that a number may have; what is beyond counts as that."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEAST_FIELD_NUMBER: builtins.int
+    MOST_FIELD_NUMBER: builtins.int
+    least: builtins.float
+    """The smallest."""
+    most: builtins.float
+    """The largest."""
+    def __init__(
+        self,
+        *,
+        least: builtins.float = ...,
+        most: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["least", b"least", "most", b"most"]) -> None: ...
+
+global___Range = Range
+
+@typing.final
+class PrivatePlan(google.protobuf.message.Message):
+    """Noise that clients add. All clients of a round are told the same."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NOISE_FIELD_NUMBER: builtins.int
+    CLIENTS_FIELD_NUMBER: builtins.int
+    CLIP_FIELD_NUMBER: builtins.int
+    CLIP_SHARE_FIELD_NUMBER: builtins.int
+    METRICS_SHARE_FIELD_NUMBER: builtins.int
+    RANGES_FIELD_NUMBER: builtins.int
+    noise: builtins.float
+    """Standard deviation of the noise of so many clients together, over what one client can move."""
+    clients: builtins.int
+    """Over how many clients the noise is divided; 1: each adds all of it. Unit: clients."""
+    clip: builtins.float
+    """The Euclidean norm to which updates are shortened."""
+    clip_share: builtins.float
+    """Which share of a training round's privacy goes to how many updates were shortened; 0: that is not told."""
+    metrics_share: builtins.float
+    """Which share of a training round's privacy goes to metrics; 0: none are told."""
+    @property
+    def ranges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Range]:
+        """Of each metric, in the task's order, or of each feature in a round of statistics."""
+
+    def __init__(
+        self,
+        *,
+        noise: builtins.float = ...,
+        clients: builtins.int = ...,
+        clip: builtins.float = ...,
+        clip_share: builtins.float = ...,
+        metrics_share: builtins.float = ...,
+        ranges: collections.abc.Iterable[global___Range] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["clients", b"clients", "clip", b"clip", "clip_share", b"clip_share", "metrics_share", b"metrics_share", "noise", b"noise", "ranges", b"ranges"]) -> None: ...
+
+global___PrivatePlan = PrivatePlan
+
+@typing.final
+class ExamplePlan(google.protobuf.message.Message):
+    """Training that hides single examples (DP-SGD)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NOISE_FIELD_NUMBER: builtins.int
+    CLIP_FIELD_NUMBER: builtins.int
+    EPSILON_FIELD_NUMBER: builtins.int
+    DELTA_FIELD_NUMBER: builtins.int
+    RANGES_FIELD_NUMBER: builtins.int
+    noise: builtins.float
+    """Standard deviation of the noise on a sum of gradients, over clip."""
+    clip: builtins.float
+    """The Euclidean norm to which each example's gradient is shortened."""
+    epsilon: builtins.float
+    """The most that a client's examples may lose, over all rounds. Unit: epsilon."""
+    delta: builtins.float
+    """The delta for which epsilon holds."""
+    @property
+    def ranges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Range]:
+        """Of each feature, in a round of statistics."""
+
+    def __init__(
+        self,
+        *,
+        noise: builtins.float = ...,
+        clip: builtins.float = ...,
+        epsilon: builtins.float = ...,
+        delta: builtins.float = ...,
+        ranges: collections.abc.Iterable[global___Range] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["clip", b"clip", "delta", b"delta", "epsilon", b"epsilon", "noise", b"noise", "ranges", b"ranges"]) -> None: ...
+
+global___ExamplePlan = ExamplePlan
 
 @typing.final
 class SecurePlan(google.protobuf.message.Message):
