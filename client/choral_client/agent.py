@@ -51,6 +51,7 @@ from choral_client.heads import Heads
 from choral_client.model_file import ModelFile
 from choral_client.outbox import Outbox, Parcel
 from choral_client.oversight import Oversight
+from choral_client.privacy_book import hidden_by
 from choral_client.residual import About, Feedback, Residual
 from choral_client.sums import Sums
 from choral_client.thread import WorkThread
@@ -304,7 +305,9 @@ class Agent:
             raise Stopped
         with checkpoint, self._oversight.watching(assignment.plan, stop):
             try:
-                return self._work.contribute(assignment.plan, checkpoint, stop)
+                summand = self._work.contribute(assignment.plan, checkpoint, stop)
+                self._oversight.charge(assignment.plan, assignment.id)
+                return summand
             except ChoralError as error:
                 log.warning("work failed", round=assignment.round, reason=str(error))
                 raise Declined(_WORK_FAILED) from error
@@ -317,7 +320,7 @@ class Agent:
             raise Stopped
         summand.add_mask(mask)
         header = UploadHeader(assignment.id, self._hello.client, 0, assignment.plan.kind, 0, (), (), b"", codec=MASKED)
-        return self._outbox.save(Parcel(header, assignment.round), summand.pieces())
+        return self._outbox.save(_parcel(header, assignment), summand.pieces())
 
     async def _admit(self, assignment: Assignment) -> None:
         """Ask the guard before anything is done. Raises Declined; what an earlier start has saved is then not sent either."""
@@ -361,7 +364,7 @@ class Agent:
             header = UploadHeader(
                 assignment=assignment.id,
                 client=self._hello.client,
-                examples=self._work.examples,
+                examples=self._work.examples if assignment.plan.private is None else 1,
                 kind=assignment.plan.kind,
                 payload_bytes=0,
                 held_out=result.held_out,
@@ -371,7 +374,8 @@ class Agent:
             )
             if stop.is_set():
                 raise Stopped
-            return self._outbox.save(Parcel(header, assignment.round), result.payload)
+            self._oversight.charge(assignment.plan, assignment.id)
+            return self._outbox.save(_parcel(header, assignment), result.payload)
 
     def _feedback(self, assignment: Assignment, codec: Codec) -> AbstractContextManager[Feedback | None]:
         if not codec.sparse or assignment.plan.kind is not Kind.TRAINING:
@@ -437,6 +441,10 @@ class Agent:
                 await asyncio.sleep(heartbeat_s)
                 self._diary.write("working" if self._job is not None and self._job.goes_on else "attending")
                 await stream.say(Heartbeat())
+
+
+def _parcel(header: UploadHeader, assignment: Assignment) -> Parcel:
+    return Parcel(header, assignment.round, tuple(sorted(hidden_by(assignment.plan))))
 
 
 def _codec(assignment: Assignment) -> Codec:

@@ -7,6 +7,7 @@ import random
 import secrets
 import signal
 import threading
+from pathlib import Path
 
 import structlog
 from choral import __version__
@@ -26,6 +27,7 @@ from choral_client.known_keys import KnownKeys
 from choral_client.membership import belonging, keep
 from choral_client.oversight import Oversight
 from choral_client.signing_key import SigningKey
+from choral_client.state_lock import alone_in
 from choral_client.train import make_ready
 from choral_client.transport import GrpcTransport
 from choral_client.work import Work, set_threads
@@ -38,20 +40,28 @@ async def attend(config: ClientConfig) -> None:
 
     Raises ConfigError, TaskError, DataError, TrustError, Unreachable, or a Refused with the coordinator's reason.
     """
+    _make(config.folder)
+    with alone_in(config.folder):
+        await _attend(config)
+
+
+def _make(folder: Path) -> None:
+    """Raises ConfigError."""
     try:
-        config.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"state: {config.folder} cannot be used ({error.strerror}): give a folder that this user may write"
-        ) from error
+        raise ConfigError(f"state: {folder} cannot be used ({error.strerror}): give a folder that this user may write") from error
+
+
+async def _attend(config: ClientConfig) -> None:
     guard = GuardFile(config.folder, config.guard)  # first: a device that cannot say no does not enrol
     known = await belonging(config)
     signer = SigningKey.of(config.folder).signer(known.name)
-    oversight = Oversight(guard, config.folder, lambda: address_towards(known.server))
     set_threads(config.threads)
     task = load_task(config.task)
     shard = load_shard(task, config.data, config.holdout)
     work = Work(task, shard)
+    oversight = Oversight(guard, config.folder, lambda: address_towards(known.server), examples=shard.size)
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
         client=known.name,

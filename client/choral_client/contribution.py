@@ -19,6 +19,7 @@ from choral.secagg import summand
 from choral.secagg.fixed_point import FixedPoint, fixed_point
 from choral.secagg.summand import Layout, Summand
 from choral.secagg.wide import Number
+from choral.statistics import Moments
 from numpy.typing import NDArray
 
 log = structlog.get_logger()
@@ -72,6 +73,15 @@ def of_measurements(layout: Layout, secure: SecurePlan, held_out: tuple[Metric, 
     """What was measured, and no update. Raises Declined."""
     values: dict[str, Number] = {summand.CLIENTS: 1}
     return Summand(np.empty(0, layout.dtype), _numbers(layout, values | summand.measured(held_out, secure.weight_cap)))
+
+
+def of_moments(layout: Layout, moments: Moments) -> Summand:
+    """The sums and the sums of squares that these moments are of. Raises Declined."""
+    values: dict[str, Number] = {summand.CLIENTS: 1, summand.COUNT: int(moments.count)}
+    for number, (mean, m2) in enumerate(zip(moments.mean.tolist(), moments.m2.tolist(), strict=True)):
+        total = Fraction(mean) * int(moments.count)
+        values |= dict(zip(summand.feature_sums(number), (total, Fraction(m2) + total * Fraction(mean)), strict=True))
+    return Summand(np.empty(0, layout.dtype), _numbers(layout, values))
 
 
 def of_features(layout: Layout, features: NDArray[np.floating]) -> Summand:

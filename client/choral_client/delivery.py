@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import structlog
-from choral.codecs import MASKED
 from choral.errors import ChoralError, TrustError
 from choral.messages import Phase, Receipt, Status, Verdict
 from choral.wire import CHUNK_BYTES
@@ -24,9 +23,9 @@ class Deliveries:
     """The results on their way, one task each, and at most as many as the outbox keeps.
 
     `report` tells the coordinator how an assignment goes, if it can hear. `permit` asks the device's guard before each attempt to
-    send whether a result may leave, masked or not, and raises Declined: the result is then forgotten, and not kept for a moment
-    that the guard allows. `on_receipt` is called, in a thread, with what the coordinator says became of an assignment's result,
-    before that is forgotten.
+    send whether a result may leave, masked or not, with what noise hides in it, and raises Declined: the result is then forgotten,
+    and not kept for a moment that the guard allows. `on_receipt` is called, in a thread, with what the coordinator says became of
+    an assignment's result, before that is forgotten.
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class Deliveries:
         outbox: Outbox,
         patience: Patience,
         report: Callable[[Status], Awaitable[None]],
-        permit: Callable[[bool], None],
+        permit: Callable[[bool, tuple[str, ...]], None],
         on_receipt: Callable[[str, Verdict], None] = lambda assignment, verdict: None,
     ) -> None:
         self._transport = transport
@@ -139,7 +138,7 @@ class Deliveries:
     async def _carry(self, parcel: Parcel, payload: Payload, fresh: bool) -> Receipt:
         """The receipt, however often the link breaks: each attempt but a fresh result's first begins where the last one ended."""
         header, failures = parcel.header, 0
-        await asyncio.to_thread(self._permit, header.codec == MASKED)
+        await asyncio.to_thread(self._permit, parcel.masked, parcel.hidden)
         if len(payload) > CHUNK_BYTES:  # a small one arrives as soon as the word of it
             await self._report(Status(header.assignment, Phase.UPLOADING))
         while True:
@@ -159,4 +158,4 @@ class Deliveries:
                 failures += 1
                 log.warning("upload failed", round=parcel.round, reason=str(error), attempt=failures)
             await self._patience.pause(failures)
-            await asyncio.to_thread(self._permit, header.codec == MASKED)
+            await asyncio.to_thread(self._permit, parcel.masked, parcel.hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from choral.plan import Kind, Plan, SecurePlan
 from pydantic import Field, PlainValidator, model_validator
 
 from choral_client.masking import Floor
+from choral_client.privacy_book import CLIENT, EXAMPLE, hidden_by
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -100,8 +102,14 @@ class Guard(Settings):
     """take part only where the coordinator sees nothing but the sum over a cohort: of updates, of statistics, and of measurements
     too, for a loss is computed from the examples, and who may choose the model that is measured can read them out of it"""
     max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """most privacy that may be lost, as ε of differential privacy; a device of this release adds no noise of its own, and that of
-    the coordinator is its word: every plan is declined, measurements too"""
+    """most privacy that all of this client's data together may lose, as ε of differential privacy, over everything that this device
+    has ever sent; it counts itself, what it sends with noise of its own (run.privacy.mode distributed or local at the coordinator),
+    and declines everything else: noise that the coordinator adds is the coordinator's word"""
+    max_example_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """the same of each single example, of what is trained so that it is hidden (run.example_privacy at the coordinator); everything
+    else is declined; needs choral[privacy] on this device"""
+    delta: Annotated[float, Field(gt=0, le=0.01)] = 1e-5
+    """the δ for which max_epsilon and max_example_epsilon hold"""
     clients: dict[Annotated[str, Field(pattern=NAME)], Annotated[str, PlainValidator(_fingerprint)]] | None = None
     """who else may take part in a secure sum with this device: the name of each, with the fingerprint of its signing key, which
     `choral client fingerprint` prints on its device; nobody else is accepted, and none of these with another key, whatever an
@@ -132,24 +140,44 @@ class Guard(Settings):
             raise Declined(_told("min_cohort", f"a cohort of {plan.cohort}", f"at least {self.min_cohort}"))
         if plan.secure is not None and plan.secure.most_clients < (least := self.floor(plan.secure).least_clients):
             raise Declined(_told("min_cohort", f"a secure sum of {plan.secure.most_clients}", f"at least {least}"))
-        self.check_sending(now, address, masked=plan.secure is not None)
+        self.check_sending(now, address, masked=plan.secure is not None, hidden=hidden_by(plan))
+
+    def check_loss(self, hidden: str, epsilon: float, now_epsilon: float) -> None:
+        """Whether the loss of what is `hidden` may become `epsilon`. Raises Declined."""
+        key, allowed = ("max_epsilon", self.max_epsilon) if hidden == CLIENT else ("max_example_epsilon", self.max_example_epsilon)
+        if allowed is not None and epsilon > allowed:
+            raise Declined(
+                f"this device's guard allows to lose ε {allowed:g} at δ {self.delta:g} ({key}); {now_epsilon:.4g} is lost, and "
+                f"this would make it {epsilon:.4g}"
+            )
 
     def floor(self, secure: SecurePlan) -> Floor:
         """What this device asks of a secure sum, or the coordinator, if that is more."""
         least = self.min_cohort if self.min_cohort is not None else _LEAST_IN_SUM
         return Floor(max(least, secure.least_clients, 2), self.min_threshold or 0.0)
 
-    def check_sending(self, now: datetime, address: IPAddress | None, *, masked: bool) -> None:
-        """Whether anything that was computed from the examples may leave. Raises Declined: it may not, or as `check_conditions`."""
+    def check_sending(
+        self, now: datetime, address: IPAddress | None, *, masked: bool, hidden: Collection[str] = frozenset()
+    ) -> None:
+        """Whether anything that was computed from the examples may leave; `hidden` says what noise of this device's hides in it.
+
+        Raises Declined: it may not, or as `check_conditions`.
+        """
         if self.secure_aggregation and not masked:
             raise Declined(
                 "this device's guard requires secure_aggregation, and the coordinator does not ask for it "
                 "(run.secure_aggregation in its configuration)"
             )
-        if self.max_epsilon is not None:
+        if self.max_epsilon is not None and CLIENT not in hidden:
             raise Declined(
-                f"this device's guard bounds the privacy that may be lost (max_epsilon: {self.max_epsilon:g}); this release adds "
-                "no noise on the device, and noise that the coordinator adds is the coordinator's word"
+                f"this device's guard bounds the privacy that may be lost (max_epsilon: {self.max_epsilon:g}), and the coordinator "
+                "does not ask for noise of this device's own (run.privacy.mode: distributed or local); noise that the coordinator "
+                "adds is the coordinator's word"
+            )
+        if self.max_example_epsilon is not None and EXAMPLE not in hidden:
+            raise Declined(
+                "this device's guard bounds what may be lost of a single example (max_example_epsilon: "
+                f"{self.max_example_epsilon:g}), and the coordinator does not ask to hide it (run.example_privacy)"
             )
         self.check_conditions(now, address)
 

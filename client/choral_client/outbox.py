@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
+from choral.codecs import MASKED
 from choral.durable import remove_leftovers, write_all
 from choral.errors import Declined
 from choral.messages import UploadHeader
@@ -31,10 +32,16 @@ _READ_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A result as it is kept: its header, and the round that it belongs to, for people."""
+    """A result as it is kept: its header, the round that it belongs to, for people, and what noise of this device's hides in it."""
 
     header: UploadHeader
     round: int
+    hidden: tuple[str, ...] = ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether nobody sees it but in a sum."""
+        return self.header.codec == MASKED
 
 
 class Kept:
@@ -214,7 +221,8 @@ def _parcel(read: dict[str, Any]) -> Parcel:
     }
     fields: dict[str, Any] = {name: _typed(kind, header[name]) for name, kind in plain.items()}
     typed["codec"] = _typed(str, header.get("codec", ""))  # which earlier releases did not write
-    return Parcel(UploadHeader(**fields, **typed), _typed(int, read["round"]))
+    hidden = tuple(_typed(str, name) for name in read.get("hidden", ()))
+    return Parcel(UploadHeader(**fields, **typed), _typed(int, read["round"]), hidden)
 
 
 def _metric(name: Any, value: Any, examples: Any) -> Metric:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -17,6 +18,7 @@ from choral.plan import Plan
 from choral_client.day_book import DayBook
 from choral_client.guard import Guard, IPAddress
 from choral_client.guard_file import GuardFile
+from choral_client.privacy_book import CLIENT, EXAMPLE, PrivacyBook, losses_of
 from choral_client.train import Stopped
 
 log = structlog.get_logger()
@@ -29,7 +31,10 @@ def local_time() -> datetime:
 
 
 class Oversight:
-    """Holds what a coordinator asks for against the guard. `now` is local time, `address` the device's own; both may block."""
+    """Holds what a coordinator asks for against the guard. `now` is local time, `address` the device's own; both may block.
+
+    `examples` is how many this client trains on.
+    """
 
     def __init__(
         self,
@@ -38,28 +43,46 @@ class Oversight:
         address: Callable[[], IPAddress | None] = lambda: None,
         now: Callable[[], datetime] = local_time,
         tick_s: float = TICK_S,
+        examples: int = 1,
     ) -> None:
         self._file = file
         self._book = DayBook(folder)
+        self._privacy = PrivacyBook(folder)
+        self._examples = examples
         self._address = address
         self._now = now
         self._tick_s = tick_s
 
     def admit(self, plan: Plan) -> Guard:
-        """The guard in force, if it allows an assignment. Raises Declined."""
-        guard, now = self._file.current(), self._now()
-        guard.check(plan, now, self._place(guard))
-        if guard.max_work_s_per_day is not None and self._book.worked_s(now.date()) >= guard.max_work_s_per_day:
-            raise Declined(
-                f"this device's guard allows {guard.max_work_s_per_day:g} s of work a day (max_work_s_per_day), "
-                "and they are used up for today"
-            )
+        """The guard in force, if it allows an assignment, and what that costs in privacy. Raises Declined."""
+        guard = self._allowing(plan)
+        self._check_losses(guard, plan)
         return guard
 
-    def permit_sending(self, masked: bool) -> None:
+    def charge(self, plan: Plan, assignment: str) -> None:
+        """Write down what a result costs in privacy, before it is saved to be sent. Raises Declined: it may not leave."""
+        losses = losses_of(plan, self._examples)
+        if losses:
+            self._check_losses(self._file.current(), plan)
+            self._privacy.charge(losses, assignment, self._now())
+
+    def _check_losses(self, guard: Guard, plan: Plan) -> None:
+        """Whether what is lost of this client's privacy stays within what it, and the coordinator, allow. Raises Declined."""
+        losses = losses_of(plan, self._examples)
+        for hidden in sorted({loss.hidden for loss in losses}):
+            epsilon = partial(self._privacy.epsilon, hidden, more=losses)
+            if (guard.max_epsilon if hidden == CLIENT else guard.max_example_epsilon) is not None:
+                guard.check_loss(hidden, epsilon(guard.delta), self._privacy.epsilon(hidden, guard.delta))
+            if hidden == EXAMPLE and plan.examples is not None and (lost := epsilon(plan.examples.delta)) > plan.examples.epsilon:
+                raise Declined(
+                    f"the run allows this client's examples to lose ε {plan.examples.epsilon:g} (run.example_privacy), and this "
+                    f"round would make it {lost:.4g}: more noise, fewer epochs, or no further rounds"
+                )
+
+    def permit_sending(self, masked: bool, hidden: Collection[str] = frozenset()) -> None:
         """Whether a result may leave, also one of an earlier start, whose plan is not known any more. Raises Declined."""
         guard = self._file.current()
-        guard.check_sending(self._now(), self._place(guard), masked=masked)
+        guard.check_sending(self._now(), self._place(guard), masked=masked, hidden=hidden)
 
     def permit_fetching(self) -> None:
         """Whether a version may be fetched that nobody is asked to work on. Raises Declined."""
@@ -69,7 +92,7 @@ class Oversight:
     @contextmanager
     def watching(self, plan: Plan, stop: threading.Event) -> Iterator[None]:
         """Around the work: sets `stop` once it may not go on. Raises Declined: so it was, even if the work was done by then."""
-        watch = _Watch(lambda: self.admit(plan), self._book, self._now, self._tick_s, stop)
+        watch = _Watch(lambda: self._allowing(plan), self._book, self._now, self._tick_s, stop)
         watch.begin()
         try:
             yield
@@ -80,6 +103,16 @@ class Oversight:
             watch.close()
             raise
         watch.end()
+
+    def _allowing(self, plan: Plan) -> Guard:
+        guard, now = self._file.current(), self._now()
+        guard.check(plan, now, self._place(guard))
+        if guard.max_work_s_per_day is not None and self._book.worked_s(now.date()) >= guard.max_work_s_per_day:
+            raise Declined(
+                f"this device's guard allows {guard.max_work_s_per_day:g} s of work a day (max_work_s_per_day), "
+                "and they are used up for today"
+            )
+        return guard
 
     def _place(self, guard: Guard) -> IPAddress | None:
         return self._address() if guard.networks is not None else None

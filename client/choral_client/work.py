@@ -18,14 +18,16 @@ from choral.evaluation import evaluate
 from choral.flat import describe
 from choral.metrics import LOSS, Metric
 from choral.plan import Kind, Plan
+from choral.privacy.told import scaled_metrics, scaled_moments, unclipped
 from choral.secagg.summand import LARGEST, Layout, Summand, layout_of
 from choral.statistics import Moments
 from choral.task import Task, user_code
 from numpy.typing import NDArray
 
-from choral_client import contribution
+from choral_client import contribution, noised_part
 from choral_client.checkpoint import Expected, Place
 from choral_client.data import Shard
+from choral_client.noised_part import Blocks, NoisedPart, part_of
 from choral_client.residual import Feedback
 from choral_client.train import fit
 from choral_client.update import moved
@@ -75,8 +77,10 @@ class Work:
         """
         self.check(plan)
         self._load(checkpoint)
+        if plan.private is not None:
+            return self._noised(plan, checkpoint, stop, codec, feedback)
         if plan.kind is Kind.STATISTICS:
-            return Result((Moments.of(self._features()).to_vector().astype("<f8").tobytes(),))
+            return Result((self._moments(plan).to_vector().astype("<f8").tobytes(),))
         held_out = self._measure() if plan.evaluate else ()
         if plan.kind is Kind.EVALUATION:
             return Result((), held_out if plan.noised else _some(held_out))
@@ -95,7 +99,12 @@ class Work:
         assert plan.secure is not None, "what is not summed securely is sent as a result"
         layout = self.layout(plan)
         self._load(checkpoint)
+        if plan.private is not None:
+            part, numbers, blocks = self._part(plan), self._numbers(plan), self._trained(plan, checkpoint, stop)
+            return noised_part.summand(part, layout, blocks, numbers)
         if plan.kind is Kind.STATISTICS:
+            if plan.examples is not None:
+                return contribution.of_moments(layout, self._moments(plan))
             return contribution.of_features(layout, self._features())
         held_out = self._measure() if plan.evaluate else ()
         if plan.kind is Kind.EVALUATION:
@@ -107,10 +116,57 @@ class Work:
             log.warning("nothing is added to the sum", reason=str(error))
             return contribution.of_nothing(layout, plan.secure, held_out)
 
+    def _noised(
+        self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event, codec: Codec, feedback: Feedback | None
+    ) -> Result:
+        """What is sent with noise that this client adds to it."""
+        part, numbers = self._part(plan), self._numbers(plan)
+        beside = part.beside_as_told(numbers) if numbers.size else numbers
+        if plan.kind is Kind.STATISTICS:
+            return Result((np.concatenate([[1.0], beside]).astype("<f8").tobytes(),))
+        assert plan.private is not None, "or nobody would ask for it"
+        told = zip(self._metrics, beside.tolist(), plan.private.ranges, strict=True) if numbers.size else ()
+        held_out = tuple(Metric(name, unclipped(value, within), 1) for name, value, within in told)
+        blocks = self._trained(plan, checkpoint, stop)
+        if blocks is None:
+            return Result((), held_out)
+        return Result(_encoded(part.update_as_told(blocks), codec, plan.seed, feedback), held_out)
+
+    def _part(self, plan: Plan) -> NoisedPart:
+        names = self._features().shape[1] if plan.kind is Kind.STATISTICS else len(self._metrics)
+        return part_of(plan, self.manifest.size, names)
+
+    def _numbers(self, plan: Plan) -> NDArray[np.float64]:
+        """What is told beside the update, from -1 to 1."""
+        assert plan.private is not None, "only then"
+        if plan.kind is Kind.STATISTICS:
+            return scaled_moments(Moments.of(self._features()), plan.private.ranges)
+        if not plan.evaluate:
+            return noised_part.NOTHING
+        return scaled_metrics({m.name: m.value for m in self._measure()}, self._metrics, plan.private.ranges)
+
+    def _trained(self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event) -> Blocks | None:
+        """The update of a training round, after the training."""
+        if plan.kind is not Kind.TRAINING:
+            return None
+        self._train_or_not(plan, checkpoint, stop)
+        return lambda: self._moved(checkpoint)
+
+    @property
+    def _metrics(self) -> tuple[str, ...]:
+        return (LOSS, *self._task.metrics)
+
+    def _moments(self, plan: Plan) -> Moments:
+        """Of the features, in which no single example can be found, if that is asked for."""
+        features = self._features()
+        if plan.examples is None:
+            return Moments.of(features)
+        return noised_part.hidden_moments(features, plan.examples.ranges, plan.examples.noise)
+
     def layout(self, plan: Plan) -> Layout:
         """How a term of a secure sum is laid out."""
         features = self._features().shape[1] if plan.kind is Kind.STATISTICS else None
-        return layout_of(plan, self.manifest.size, features, (LOSS, *self._task.metrics))
+        return layout_of(plan, self.manifest.size, features, self._metrics)
 
     def check(self, plan: Plan) -> None:
         """Raises Declined: the plan is for a task that is not installed here."""
@@ -148,6 +204,11 @@ class Work:
 
     def _train(self, plan: Plan, stop: threading.Event) -> tuple[Metric, ...]:
         """Train the model; what was measured on the way."""
+        if (hiding := plan.examples) is not None:
+            from choral_client.private_train import fit_privately  # torch.func takes a while, and few need it
+
+            fit_privately(self._task, self._model, self._shard.training, plan.training, hiding.noise, hiding.clip, plan.seed, stop)
+            return ()
         began = time.monotonic()
         loss = fit(self._task, self._model, self._shard.training, plan.training, plan.seed, stop)
         seconds = time.monotonic() - began

@@ -114,10 +114,15 @@ def scaled(value: float, within: Range) -> float:
     return 2 * (value - least) / (most - least) - 1
 
 
-def unscaled(value: float, within: Range) -> float:
-    """The inverse of `scaled`, cut to the range."""
+def unclipped(value: float, within: Range) -> float:
+    """The inverse of `scaled`."""
     least, most = within
-    return least + (min(1.0, max(-1.0, value)) + 1) / 2 * (most - least)
+    return least + (value + 1) / 2 * (most - least)
+
+
+def unscaled(value: float, within: Range) -> float:
+    """The same, cut to the range."""
+    return unclipped(min(1.0, max(-1.0, value)), within)
 
 
 def scaled_metrics(values: Mapping[str, float], names: Sequence[str], ranges: Sequence[Range]) -> Vector:
@@ -126,11 +131,11 @@ def scaled_metrics(values: Mapping[str, float], names: Sequence[str], ranges: Se
 
 
 def scaled_moments(moments: Moments, ranges: Sequence[Range]) -> Vector:
-    """The means of features as shares of their ranges, and 2s - 1 of the means s of their squares: `(2d,)`."""
+    """The means of features as shares of their ranges, and 2s - 1 of the means s of their squares: `(2d,)`, or `(n, 2d)` of n."""
     middle, half = _scale(ranges)
     mean = (moments.mean - middle) / half
     square = moments.m2 / moments.count / half**2 + np.square(mean)
-    return bounded(np.concatenate([mean, 2 * square - 1]))
+    return bounded(np.concatenate([mean, 2 * square - 1], axis=-1))
 
 
 def bounded(values: Sequence[float] | Vector) -> Vector:
