@@ -13,7 +13,7 @@ import structlog
 import torch
 from choral import codecs
 from choral.codecs import FLOAT32, Codec, Vector
-from choral.errors import Declined
+from choral.errors import Declined, TaskError
 from choral.evaluation import evaluate
 from choral.flat import describe
 from choral.metrics import LOSS, Metric
@@ -84,9 +84,10 @@ class Work:
         held_out = self._measure() if plan.evaluate else ()
         if plan.kind is Kind.EVALUATION:
             return Result((), held_out if plan.noised else _some(held_out))
-        if plan.noised:
+        hides = plan.noised or plan.examples is not None
+        if hides:
             self._train_or_not(plan, checkpoint, stop)
-        work = () if plan.noised else self._train(plan, stop)
+        work = () if hides else self._train(plan, stop)
         return Result(_encoded(self._moved(checkpoint), codec, plan.seed, feedback), held_out, work)
 
     def contribute(self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event) -> Summand:
@@ -169,11 +170,15 @@ class Work:
         return layout_of(plan, self.manifest.size, features, self._metrics)
 
     def check(self, plan: Plan) -> None:
-        """Raises Declined: the plan is for a task that is not installed here."""
+        """Raises Declined: the plan is for a task that is not installed here, or its model cannot be trained as asked."""
         if (plan.task, plan.task_version) != (self._task.name, self._task.version):
             raise Declined(
                 f"asked for task {plan.task} {plan.task_version}; {self._task.name} {self._task.version} is installed here"
             )
+        if plan.examples is not None and plan.kind is Kind.TRAINING:
+            from choral_client.private_train import check_model
+
+            check_model(self._model)
 
     def _features(self) -> NDArray[np.floating]:
         with user_code(f"task {self._task.name}: reading the features"):
@@ -227,7 +232,9 @@ class Work:
             if all(bool(torch.isfinite(tensor).all()) for tensor in self._model.state_dict().values()):
                 return
             log.warning("no change is sent", reason="the trained model holds an infinite or undefined number")
-        except Declined as error:
+        except (Declined, TaskError) as error:
+            if isinstance(error, TaskError) and plan.private is None and plan.examples is None:
+                raise
             log.warning("no change is sent", reason=str(error))
         self._load(checkpoint)
 

@@ -167,6 +167,26 @@ def status(state: Annotated[Path, typer.Argument(help="The client's state folder
         raise Unreachable(f"{state}: the client has noted nothing for {note['age_s']} s; is it running?")
 
 
+@app.command()
+def privacy(
+    state: Annotated[Path, typer.Option(help="The client's state folder.")],
+    delta: Annotated[float | None, typer.Option(min=1e-30, max=0.01, help="The δ that ε is for [the guard's].")] = None,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Show how much privacy this device has lost by all that it has ever sent with noise of its own, and what it may lose."""
+    from choral.errors import ConfigError
+
+    from choral_deploy.client_privacy import losses_in
+
+    if not state.is_dir():
+        raise ConfigError(f"--state: {state} is no folder: give the client's state folder")
+    found = losses_in(state, delta)
+    if json:
+        typer.echo(found.to_json())
+    else:
+        found.print()
+
+
 def _named(name: str | None, state: Path | None) -> tuple[Path, str | None]:
     """A client's state folder, and its name as far as it is known."""
     from choral.errors import ConfigError

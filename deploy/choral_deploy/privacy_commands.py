@@ -51,6 +51,28 @@ def plan(
         found.print()
 
 
+@app.command()
+def examples(
+    count: Annotated[int, typer.Option("--examples", min=1, help="Examples that a client trains on.")],
+    rounds: Annotated[int, typer.Option(min=1, max=1_000_000, help="Rounds that it takes part in.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="run.training.batch_size.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="run.training.epochs.")] = 1,
+    epsilon: Annotated[float | None, typer.Option(help="The budget; if not given, what the rounds cost.")] = None,
+    noise: Annotated[float | None, typer.Option(help="run.example_privacy.noise; if not given, how much is needed.")] = None,
+    delta: Annotated[float, typer.Option(help="The probability that the promise does not hold.")] = 1e-5,
+    statistics: Annotated[bool, typer.Option(help="The task standardises features: one round is for their statistics.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """What hiding each single example of a client costs (run.example_privacy): the noise for an ε, or the ε of a noise."""
+    from choral_deploy.example_plan import answer
+
+    found = answer(count, rounds, batch_size, epochs, epsilon, noise, delta, statistics=statistics)
+    if json:
+        typer.echo(found.to_json())
+    else:
+        found.print()
+
+
 class Source(StrEnum):
     """Where the audited noise comes from."""
 

@@ -32,7 +32,7 @@ from choral_server.facts import configuration
 from choral_server.history_key import key_for
 from choral_server.lease import Lease
 from choral_server.membership import Membership, Roles
-from choral_server.privacy_check import check_past, check_privacy
+from choral_server.privacy_check import check_past, check_privacy, check_ranges
 from choral_server.records import RunRecord, RunState
 from choral_server.run import Runs
 from choral_server.secure_aggregation import FEW
@@ -80,10 +80,12 @@ async def _serve(config: ServerConfig, code: HostedTask, ready: Callable[[HostPo
             async with _stored(config, troubles, opening) as (store, lease):
                 _check_objective(config.run.objective.metric, code.blueprint)
                 if config.run.privacy is not None:
-                    check_privacy(config.run.privacy, code.blueprint)
+                    check_privacy(config.run.privacy, config.run, code.blueprint)
                     check_past(await store.unprotected())
                 elif store.spendings:
                     log.warning("rounds get no noise any more", spent_before=len(store.spendings))
+                if config.run.example_privacy is not None:
+                    check_ranges(code.blueprint)
                 runs = Runs(config, code, store, _checkpoints(config, artifacts), troubles)
                 last = await _work(config, runs, code, store, lease, troubles, ready)
     finally:

@@ -14,6 +14,7 @@ from choral.plan import Training
 from choral.wire import CHUNK_BYTES, MESSAGE_BYTES
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from choral_server.example_privacy import ExamplePrivacy
 from choral_server.objective import Objective
 from choral_server.privacy import Privacy
 from choral_server.schedule import Schedule
@@ -229,6 +230,9 @@ class RunSettings(Settings):
     privacy: Privacy | None = None
     """clip updates, add noise to their sum, and keep within a budget; needs the extra choral[privacy]; none of it, if not
     given"""
+    example_privacy: ExamplePrivacy | None = None
+    """hide each single example in what clients train, within a budget that each keeps itself, for which it needs the extra
+    choral[privacy]; none of it, if not given"""
 
     @property
     def cap(self) -> int:
@@ -252,6 +256,11 @@ class RunSettings(Settings):
             raise ValueError(
                 "max_update_norm contradicts compression.upload: topk, whose updates carry what earlier ones left out, too, and "
                 "may be longer than any that was trained: remove max_update_norm, or take upload: int8"
+            )
+        if self.privacy is not None and self.example_privacy is not None:
+            raise ValueError(
+                "privacy contradicts example_privacy: what hides all that a client has hides each example of it, too, and "
+                "noise for both would be paid for twice: take one of the two"
             )
         if self.privacy is not None:
             others = self.weight_cap, self.over_selection, self.max_update_norm, self.secure_aggregation is not None
@@ -344,6 +353,11 @@ class ServerConfig(Settings):
             raise ValueError("run.objective.on is clients, but evaluation.clients is false: change one of them")
         if objective.patience_rounds is not None and self.evaluation.test_set is None and not self.evaluation.clients:
             raise ValueError("run.objective.patience_rounds needs a measurement: give evaluation.test_set or evaluation.clients")
+        if self.run.example_privacy is not None and self.evaluation.clients:
+            raise ValueError(
+                "evaluation.clients with run.example_privacy: what clients measure is computed from single examples, and has no "
+                "noise: say evaluation.clients: false, and give evaluation.test_set if you can"
+            )
         private = self.run.privacy
         if private is not None and self.evaluation.clients and private.metrics is None:
             raise ValueError(

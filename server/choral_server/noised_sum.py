@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from choral.metrics import Metric
-from choral.plan import PrivatePlan
+from choral.plan import Kind, Plan
 from choral.privacy.told import Range, Told, moments_behind_noise, unscaled
 from choral.secagg import wide
 from choral.secagg.fixed_point import FixedPoint
@@ -30,12 +30,12 @@ class NoisedSum:
     `metrics` are those that clients measure.
     """
 
-    def __init__(
-        self, layout: Layout, scale: FixedPoint, told: Told, terms: PrivatePlan, metrics: Sequence[str], expected: int
-    ) -> None:
+    def __init__(self, layout: Layout, scale: FixedPoint, told: Told, plan: Plan, metrics: Sequence[str], expected: int) -> None:
+        assert plan.private is not None, "there is noise on it"
         self._scale = scale
         self._told = told
-        self._terms = terms
+        self._terms = plan.private
+        self._kind = plan.kind
         self._metrics = metrics
         self._expected = expected
         self._sum = layout.zero()
@@ -65,7 +65,7 @@ class NoisedSum:
 
     def held_out(self) -> tuple[Metric, ...]:
         """What the clients measured, as means over those expected."""
-        if not self._told.beside or len(self._terms.ranges) != len(self._metrics):
+        if self._kind is Kind.STATISTICS or not self._told.beside:
             return ()
         start = self._told.update
         means = self._decoded(start, start + self._told.beside) / (self._expected * self._told.unit)

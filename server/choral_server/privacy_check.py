@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from choral.errors import ConfigError
 from choral.metrics import LOSS
+from choral.plan import Kind, PrivatePlan
 from choral.privacy.accounting import Release, epsilon
+from choral.privacy.told import scale_for, told_of
 
+from choral_server.aggregate import entry_bound
 from choral_server.blueprint import Blueprint
+from choral_server.config import RunSettings
 from choral_server.privacy import Privacy
 
 
-def check_privacy(privacy: Privacy, task: Blueprint) -> None:
+def check_privacy(privacy: Privacy, run: RunSettings, task: Blueprint) -> None:
     """Raises ConfigError: the library is missing, something that is told has no range, or one round is more than the budget."""
     one = epsilon({Release(privacy.noise): 1}, privacy.delta, privacy.counted_by, amplified=False)
     if privacy.sampling == "none" and one > privacy.epsilon:
@@ -26,8 +30,26 @@ def check_privacy(privacy: Privacy, task: Blueprint) -> None:
             f"run.privacy.metrics gives ranges of {', '.join(sorted(privacy.metrics))}; clients of task {task.task} measure "
             f"{', '.join(sorted(measured))}: give one for each"
         )
-    if task.statistics is not None:
-        _check_ranges(task)
+    if privacy.on_devices:
+        _check_noise_on_devices(privacy, run, task)
+    check_ranges(task)
+
+
+def _check_noise_on_devices(privacy: Privacy, run: RunSettings, task: Blueprint) -> None:
+    """Raises ConfigError: a sum of what clients send would be too coarse, or its entries larger than any that are accepted."""
+    size, secure, cohort_size = task.manifest.size, run.secure_aggregation, run.cohort_size
+    terms = PrivatePlan(privacy.noise, 1, privacy.clip)
+    told = told_of(Kind.TRAINING, terms, size, masked=secure is not None)
+    if secure is not None:
+        try:
+            scale_for(told, cohort_size, max(secure.minimum_cohort, run.needed), secure.ring_bits)
+        except ConfigError as error:
+            raise ConfigError(f"run.privacy: {error}") from None
+    elif (largest := told.largest(1, 1)) > (bound := entry_bound(cohort_size)):
+        raise ConfigError(
+            f"run.privacy: with noise {privacy.noise:g} and clip {privacy.clip:g} an entry of an update may be {largest:.3g}, and "
+            f"with cohort_size {cohort_size} at most {bound:.3g} can be summed: lower one of the three"
+        )
 
 
 def check_past(unprotected: int) -> None:
@@ -39,12 +61,15 @@ def check_past(unprotected: int) -> None:
         )
 
 
-def _check_ranges(task: Blueprint) -> None:
-    features = task.statistics[0].size if task.statistics is not None else 0
+def check_ranges(task: Blueprint) -> None:
+    """Raises ConfigError: the task standardises features, and does not say what they can be."""
+    if task.statistics is None:
+        return
+    features = task.statistics[0].size
     if task.ranges is None:
         raise ConfigError(
-            f"task {task.task} standardises its features by statistics of the clients, which under run.privacy need bounds that "
-            "are known without the data: give the Task its `ranges`, (smallest, largest) of each feature"
+            f"task {task.task} standardises its features by statistics of the clients, which with privacy need bounds that are "
+            "known without the data: give the Task its `ranges`, (smallest, largest) of each feature"
         )
     if len(task.ranges) != features or not all(low < high for low, high in task.ranges):
         raise ConfigError(f"task {task.task} has {len(task.ranges)} ranges for {features} features; each is (smallest, largest)")

@@ -112,7 +112,7 @@ class PrivateRounds:
                 secure = plan.secure
                 scale = FixedPoint(secure.clip, secure.fraction_bits, secure.ring_bits, secure.most_clients)
                 layout = layout_of(plan, self._size, None, self._metrics)
-                return NoisedSum(layout, scale, told, plan.private, self._metrics, release.expected)
+                return NoisedSum(layout, scale, told, plan, self._metrics, release.expected)
             if kind is Kind.TRAINING:
                 return WeightedSum(self._size, 1)
             return NoisedStatistics(self._features, told.deviation) if kind is Kind.STATISTICS else None

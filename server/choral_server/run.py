@@ -204,7 +204,9 @@ class Run:
                 secure = self.private.secure(secure, kind, private)
         noised = self.private is not None
         common = self.record.task, self.record.task_version, self.training, seed, evaluate, goal
-        return Plan(kind, *common, secure, noised, private)
+        hiding = self.settings.example_privacy
+        examples = hiding.plan(kind, self.model.blueprint.ranges) if hiding is not None else None
+        return Plan(kind, *common, secure, noised, private, examples)
 
     def layout(self, plan: Plan) -> Layout:
         """How a result that is summed securely is laid out."""

@@ -88,7 +88,7 @@ class Sender:
         self.said: list[Status] = []
         self.outbox = Outbox(folder / "outbox")
         self.patience = Patience(rng or AtOnce())
-        self.deliveries = Deliveries(calls, self.outbox, self.patience, self._report, lambda masked: None)  # type: ignore[arg-type]
+        self.deliveries = Deliveries(calls, self.outbox, self.patience, self._report, lambda masked, hidden: None)  # type: ignore[arg-type]
 
     async def _report(self, status: Status) -> None:
         self.said.append(status)
@@ -233,7 +233,7 @@ async def test_whoever_stops_leaves_the_results_for_later(tmp_path: Path) -> Non
 async def test_the_guard_is_asked_before_each_attempt_and_what_it_does_not_allow_is_forgotten(tmp_path: Path) -> None:
     allowed = [True, False]
 
-    def permit(masked: bool) -> None:
+    def permit(masked: bool, hidden: tuple[str, ...]) -> None:
         assert not masked
         if not allowed.pop(0):
             raise Declined("not from this network")

@@ -79,20 +79,27 @@ def test_a_plan_on_both_sides_of_a_bound(keys: dict[str, Any], allowed: Plan | N
 
 @pytest.mark.parametrize("kind", Kind)
 @pytest.mark.parametrize(
-    ("keys", "reason"),
+    ("keys", "hidden", "reason"),
     [
-        ({"max_epsilon": 8.0}, r"bounds the privacy that may be lost \(max_epsilon: 8\); this release adds no noise on the device"),
+        (
+            {"max_epsilon": 8.0},
+            "client",
+            r"bounds the privacy that may be lost \(max_epsilon: 8\), and the coordinator does not ask for",
+        ),
         (
             {"max_epsilon": 1.0e300},
+            "client",
             "noise that the coordinator adds is the coordinator's word",
-        ),  # however much may be lost, there is no bound
+        ),  # however much may be lost
+        ({"max_example_epsilon": 8.0}, "example", r"bounds what may be lost of a single example \(max_example_epsilon: 8\)"),
     ],
 )
-def test_what_this_release_does_not_have_declines_whatever_leaves(kind: Kind, keys: dict[str, Any], reason: str) -> None:
+def test_what_has_no_noise_of_this_device_does_not_leave(kind: Kind, keys: dict[str, Any], hidden: str, reason: str) -> None:
     with pytest.raises(Declined, match=reason):
         guard(**keys).check(plan(kind), NOON, HOME)
     with pytest.raises(Declined, match=reason):
         guard(**keys).check_sending(NOON, HOME, masked=True)
+    guard(**keys).check_sending(NOON, HOME, masked=True, hidden={hidden})
     guard(**keys).check_conditions(NOON, HOME)  # a version may still be fetched
 
 
@@ -232,7 +239,7 @@ def test_the_example_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "guard.md").read_text()
     example = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert example is not None
-    assert set(yaml.safe_load(example[1])) == set(Guard.model_fields) - {"max_epsilon", "authority"}
+    assert set(yaml.safe_load(example[1])) == set(Guard.model_fields) - {"max_epsilon", "max_example_epsilon", "delta", "authority"}
     guard(**yaml.safe_load(example[1])).check(
         replace(plan(task="boston_housing"), secure=SECURE), at("23:00"), ipaddress.ip_address("192.168.178.20")
     )

@@ -296,7 +296,7 @@ async def test_a_link_that_breaks_costs_an_upload_less_than_a_chunk_each_time(pr
     proxy.cut_at(up=[(cut + 1) * len(payload) // (cuts + 1) for cut in range(cuts)])
     header = replace(HEADER, payload_bytes=len(payload), digest=hashlib.sha256(payload).digest())
     async with reaching_over(proxy, Upload=taker.upload, ResumeUpload=taker.resume) as transport:
-        await Deliveries(transport, Outbox(tmp_path), Patience(AtOnce()), unheard, lambda masked: None).send(
+        await Deliveries(transport, Outbox(tmp_path), Patience(AtOnce()), unheard, lambda masked, hidden: None).send(
             Parcel(header, 0), memoryview(payload)
         )
     assert taker.content == payload

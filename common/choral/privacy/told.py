@@ -27,6 +27,7 @@ _LEAST_DEVIATION = 0.05  # of half a range: less than that would blow up what is
 _UNIFORM_SQUARE, _UNIFORM_SQUARE_VARIANCE = 1 / 3, 4 / 45  # of a uniform number in -1 to 1: mean and variance of its square
 SHORTER = 1 - 2.0**-20
 """by what a norm computed in float64 may be too small"""
+_FINEST_BITS = 28
 _TAIL = 12.0  # deviations: beyond, noise falls once in 10^32 elements
 
 
@@ -101,8 +102,14 @@ def told_of(kind: Kind, terms: PrivatePlan, size: int, *, masked: bool) -> Told:
 
 
 def scale_for(told: Told, most_clients: int, clients: int, ring_bits: int) -> FixedPoint:
-    """The finest steps for a sum of so many vectors, if `clients` have all the noise. Raises ConfigError: they are too coarse."""
-    scale = fixed_point(most_clients, told.largest(most_clients, clients), ring_bits)
+    """The finest steps for a sum of so many vectors, if `clients` have all the noise, of which a deviation has 2^28 at the most.
+
+    Raises ConfigError: they are too coarse.
+    """
+    largest = told.largest(most_clients, clients)
+    scale = fixed_point(most_clients, largest, ring_bits)
+    bits = min(scale.fraction_bits, math.floor(_FINEST_BITS - math.log2(told.deviation)))
+    scale = fixed_point(most_clients, largest, ring_bits, bits)
     if (reason := told.too_coarse(2.0**scale.fraction_bits)) is not None:
         raise ConfigError(reason)
     return scale

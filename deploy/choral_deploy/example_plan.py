@@ -1,0 +1,63 @@
+"""The arithmetic behind `choral privacy examples`: noise for an ε, or the ε of a noise, counted as the clients count it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from choral.errors import ConfigError
+from choral.privacy.accounting import Release, Sampling, epsilon, noise_for
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client with so many examples loses of each in so many rounds."""
+
+    examples: int
+    rounds: int
+    steps: int
+    noise: float
+    delta: float
+    epsilon: float
+
+    def to_json(self) -> str:
+        """One object."""
+        return json.dumps(asdict(self))
+
+    def print(self) -> None:
+        """For people: the lines for the configuration, and what they promise."""
+        cost = f"ε {self.epsilon:.4g} at δ {self.delta:g}"
+        print(  # noqa: T201
+            f"{self.steps} steps on {self.examples} examples with noise {self.noise:.4g} cost {cost}\n"
+            f"run:\n  example_privacy: {{epsilon: {self.epsilon:.4f}, delta: {self.delta:.1e}, noise: {self.noise:.5g}}}\n"
+            "evaluation: {clients: false}"
+        )
+
+
+def answer(
+    examples: int,
+    rounds: int,
+    batch_size: int,
+    epochs: int,
+    target_epsilon: float | None,
+    noise: float | None,
+    delta: float,
+    *,
+    statistics: bool,
+) -> Answer:
+    """Of `noise` and `target_epsilon` one is given. Raises ConfigError: both are, or neither, or they are no numbers to go by."""
+    if (noise is None) == (target_epsilon is None):
+        raise ConfigError("give --noise or --epsilon: the other one is found")
+    if not 0 < delta < 1 or not 0 < (noise if noise is not None else target_epsilon or 0.0) < math.inf:
+        raise ConfigError(f"--delta {delta:g} must be between 0 and 1, and --noise or --epsilon above 0")
+    steps, expected = rounds * epochs * math.ceil(examples / batch_size), min(batch_size, examples)
+
+    def releases(noise: float) -> Counter[Release]:
+        drawn = Sampling.POISSON if expected < examples else Sampling.NONE
+        made = Counter({Release(noise, drawn, expected, examples): steps})
+        return made + Counter({Release(noise): 1}) if statistics else made
+
+    found = noise if noise is not None else math.ceil(noise_for(target_epsilon or 0.0, delta, releases) * 1e4) / 1e4
+    return Answer(examples, rounds, steps, found, delta, epsilon(releases(found), delta))
