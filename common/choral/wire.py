@@ -45,6 +45,8 @@ from choral.v1 import model_pb2 as mb
 WORDS = 500  # characters
 PROTOCOL_VERSION = 2
 _ABILITIES, _FORMS = 32, 8  # of a client, and of a version, that are looked at
+_LEAST_NOISE, _MOST_NOISE = 1e-3, 1e6  # over what one can move: what is beyond hides nothing, or everything
+_LEAST_CLIP, _MOST_CLIP = 1e-9, 1e9
 CHUNK_BYTES = 1 << 20
 SMALL_BYTES = 1 << 16  # what is no longer than this travels whole, with the message that tells of it
 DIGEST_BYTES = 32
@@ -236,9 +238,9 @@ def _private_from_pb(message: pb.PrivatePlan) -> PrivatePlan:
     _must_be(
         "private",
         message,
-        noise=0 < message.noise < math.inf,
+        noise=_LEAST_NOISE <= message.noise <= _MOST_NOISE,
         clients=message.clients >= 1,
-        clip=0 < message.clip < math.inf,
+        clip=_LEAST_CLIP <= message.clip <= _MOST_CLIP,
         clip_share=0 <= message.clip_share < 1,
         metrics_share=0 <= message.metrics_share < 1 - message.clip_share,
     )
@@ -250,8 +252,8 @@ def _examples_from_pb(message: pb.ExamplePlan) -> ExamplePlan:
     _must_be(
         "examples",
         message,
-        noise=0 < message.noise < math.inf,
-        clip=0 < message.clip < math.inf,
+        noise=_LEAST_NOISE <= message.noise <= _MOST_NOISE,
+        clip=_LEAST_CLIP <= message.clip <= _MOST_CLIP,
         epsilon=0 < message.epsilon < math.inf,
         delta=0 < message.delta < 1,
     )

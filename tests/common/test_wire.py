@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -25,7 +26,7 @@ from choral.messages import (
     Welcome,
 )
 from choral.metrics import Metric
-from choral.plan import Kind, Plan, SecurePlan, Training
+from choral.plan import ExamplePlan, Kind, Plan, PrivatePlan, SecurePlan, Training, digest_of
 from choral.secagg.keys import Shown
 from choral.secagg.roster import Advert
 from choral.secagg.shamir import PRIME
@@ -308,6 +309,48 @@ def test_terms_of_a_secure_sum_that_cannot_be_are_refused(field: str, value: flo
     secure = pb.SecurePlan(**SECURE | {field: value})
     with pytest.raises(InvalidMessage, match=rf"^a plan that is not allowed: secure\.{field} is {value}$"):
         wire.plan_from_pb(pb.Plan(kind=mb.ROUND_KIND_TRAINING, batch_size=1, learning_rate=0.1, secure=secure))
+
+
+PRIVATE = {"noise": 1.5, "clients": 4, "clip": 0.5, "clip_share": 0.02, "metrics_share": 0.1}
+HIDING = {"noise": 1.5, "clip": 0.5, "epsilon": 8.0, "delta": 1e-5}
+BOTH_RANGES = ((0.0, 10.0), (-1.0, 1.0))
+
+
+@pytest.mark.parametrize(("name", "kind", "terms"), [("private", PrivatePlan, PRIVATE), ("examples", ExamplePlan, HIDING)])
+def test_the_noise_that_clients_add_travels_with_the_plan(name: str, kind: Any, terms: dict[str, Any]) -> None:
+    plan = Plan(Kind.TRAINING, "t", "1", Training(), 7, evaluate=True, noised=True, **{name: kind(**terms, ranges=BOTH_RANGES)})
+    assert wire.plan_from_pb(wire.plan_to_pb(plan)) == plan
+    without = replace(plan, **{name: None})
+    assert wire.plan_from_pb(wire.plan_to_pb(without)) == without
+    assert len({digest_of(plan), digest_of(without), digest_of(replace(plan, **{name: kind(**terms)}))}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        *(("private", "noise", bad) for bad in (0.0, 1e-4, -1.0, 1e7, math.inf, math.nan)),
+        *(("private", "clip", bad) for bad in (0.0, -1.0, 1e300, math.nan)),
+        *(("private", "clients", bad) for bad in (0, -1)),
+        *(("private", "clip_share", bad) for bad in (-0.1, 1.0, math.nan)),
+        *(("private", "metrics_share", bad) for bad in (-0.1, 0.98, math.nan)),
+        *(("examples", "noise", bad) for bad in (0.0, 1e-4, math.nan)),
+        *(("examples", "clip", bad) for bad in (0.0, 1e300, math.nan)),
+        *(("examples", "epsilon", bad) for bad in (0.0, -1.0, math.inf, math.nan)),
+        *(("examples", "delta", bad) for bad in (0.0, 1.0, math.nan)),
+    ],
+)
+def test_noise_that_hides_nothing_is_not_allowed(name: str, field: str, value: float) -> None:
+    terms: Any = pb.PrivatePlan(**PRIVATE) if name == "private" else pb.ExamplePlan(**HIDING)
+    setattr(terms, field, value)
+    with pytest.raises(InvalidMessage, match=rf"^a plan that is not allowed: {name}\.{field} is "):
+        wire.plan_from_pb(pb.Plan(kind=mb.ROUND_KIND_TRAINING, batch_size=1, learning_rate=0.1, **{name: terms}))
+
+
+@pytest.mark.parametrize("bad", [(1.0, 1.0), (2.0, 1.0), (math.nan, 1.0), (0.0, math.inf)])
+def test_a_range_that_is_none_is_not_allowed(bad: tuple[float, float]) -> None:
+    terms = pb.PrivatePlan(**PRIVATE, ranges=[pb.Range(least=bad[0], most=bad[1])])
+    with pytest.raises(InvalidMessage, match=r"^a plan that is not allowed: private\.ranges has "):
+        wire.plan_from_pb(pb.Plan(kind=mb.ROUND_KIND_TRAINING, batch_size=1, learning_rate=0.1, private=terms))
 
 
 # What a coordinator may not say, whoever it is

@@ -246,6 +246,9 @@ def test_a_device_that_wants_a_bound_of_its_own_takes_part_in_nothing_that_rests
     coordinator.saw("round abandoned")
 
 
+SUMMED = {"secure_aggregation": {"minimum_cohort": 2}}
+
+
 @pytest.mark.parametrize(
     ("run", "changes", "told"),
     [
@@ -254,7 +257,30 @@ def test_a_device_that_wants_a_bound_of_its_own_takes_part_in_nothing_that_rests
         ({"over_selection": 0.5}, {}, "over_selection 0.5 contradicts privacy"),
         ({"weight_cap": 100}, {}, "weight_cap 100 contradicts privacy"),
         ({"max_update_norm": 2.0}, {}, "max_update_norm 2 contradicts privacy"),
-        ({"secure_aggregation": {"minimum_cohort": 2}}, {}, "secure_aggregation contradicts privacy in this release"),
+        (SUMMED, {}, "secure_aggregation contradicts privacy.mode central"),
+        ({}, {"privacy": {**TERMS, "mode": "distributed"}}, "mode: distributed puts the noise into the sum of secure_aggregation"),
+        (SUMMED, {"privacy": {**TERMS, "mode": "local"}}, "secure_aggregation contradicts privacy.mode local"),
+        ({}, {"privacy": {**TERMS, "mode": "local", "sampling": "poisson"}}, "sampling: poisson contradicts mode: local"),
+        ({}, {"privacy": {**TERMS, "mode": "local", "discrete": True}}, "discrete is for noise that the coordinator adds"),
+        ({}, {"privacy": {**TERMS, "mode": "local", "adaptive": {}}}, "adaptive contradicts mode: local"),
+        ({}, {"privacy": {**TERMS, "mode": "local", "noise": 9000.0}}, "lower one of the three"),
+        ({}, {"privacy": {**TERMS, "honest": 0.5}}, "honest 0.5 is for mode: distributed"),
+        (
+            SUMMED,
+            {"privacy": {**TERMS, "mode": "distributed", "accountant": "pld"}},
+            "accountant: pld cannot account for the noise of",
+        ),
+        (
+            {"secure_aggregation": {"minimum_cohort": 2, "clip": 3.0}},
+            {"privacy": {**TERMS, "mode": "distributed"}},
+            "secure_aggregation.clip contradicts privacy",
+        ),
+        ({"example_privacy": {"epsilon": 8.0, "delta": DELTA, "noise": 1.0}}, {}, "privacy contradicts example_privacy"),
+        (
+            {"example_privacy": {"epsilon": 8.0, "delta": DELTA, "noise": 1.0}},
+            {"privacy": None},
+            "evaluation.clients with run.example_privacy",
+        ),
         ({}, {"privacy": {**TERMS, "metrics": None}}, "evaluation.clients with run.privacy"),
         ({}, {"privacy": {**TERMS, "metrics": {"loss": [0, 1]}}}, "clients of task exact measure loss, mae: give one for each"),
         ({}, {"privacy": {**TERMS, "metrics": {"loss": [1, 0], "mae": [0, 1]}}}, "metrics.loss: 1 to 0 is no range"),
