@@ -3,28 +3,28 @@
     python benchmarks/membership.py [--clients 300] [--rounds 40] [--seeds 8] [--epsilon 8 2 1] [--delta 1e-5] [--clip 0.1]
                                     [--random-labels 0.25] [--plot FILE] [--json]
 
-The setting is made for the attack. scikit-learn's digits (1 797 images of 8 × 8 pixels) are dealt to the clients, four or five images
-each, and a quarter of all labels is replaced by random ones, which a model can only learn by heart: they stand for what is true of
-nobody but this client. The network, 64 → 128 → 10, has 9 610 parameters for some 720 images. A toss of a fair coin for each client
+The setting is made for the attack. scikit-learn's digits (1 797 images of 8 × 8 pixels) are dealt to the clients, four or five each,
+and a quarter of all labels is replaced by random ones. A model can only learn them by heart: they stand for what is true of one
+client and nobody else. The network, 64 → 128 → 10, has 9 610 parameters for some 720 images. A toss of a fair coin for each client
 decides whether it takes part; all who do are in all rounds. Clients are simulated one after the other in this process, by the code
 that clients run (`fit`), and summed by the code that the coordinator runs (`PrivateSum`): simulated is only what is between.
 
-The attacker has the last model and each client's images with their labels, and says who took part. What is guessed, and what the
-promise of differential privacy is for, is a client with all its images. It has a score for each client, higher for who rather was in:
+The attacker has the last model, and of each client its images with their labels, and says who took part. It is the client with all
+its images that is guessed, as it is the client that noise is to protect. Each gets a score, higher if it rather was in:
 
     loss        the negative mean loss on its images (Yeom et al. 2018, CSF)
-    reference   by how much the loss is lower than that of models of the same kind without this client (Watson et al. 2022, ICLR);
-                they are those of the other seeds, and begin with the same weights. So the attacker knows also how training went,
-                all other clients, and the noise, except what was drawn
+    reference   how much lower its loss is than in models that were trained without it (Watson et al. 2022, ICLR): those of the other
+                seeds. They begin with the same weights, so the attacker knows the first model, how training goes, and what data
+                there are, but neither the coins nor the noise
 
-AUC is how often a client that was in has the higher score of two; 50 % is a guess. Advantage is TPR - FPR of a threshold that was
-chosen by one half of the clients, and is used on the other; 0 is a guess. Both are means over the models, ± one standard error; the
-models differ in who is in and in the noise, not in images and labels. TPR at 1 % FPR (Carlini et al. 2022, S&P) is of all models'
-scores together. (ε, δ) allows no attack whatever an expected advantage above (e^ε - 1 + 2δ) / (e^ε + 1): "at most".
+AUC is how often, of one client that was in and one that was not, the first has the higher score; 50 % is a guess. Advantage is
+TPR - FPR at a threshold that was chosen on one half of the clients and is used on the other; 0 is a guess. Both are means over the
+models, ± one standard error; models differ by coins and noise, not by images and labels. TPR at 1 % FPR (Carlini et al. 2022, S&P)
+is of the scores in all models together. "At most" is (e^ε - 1 + 2δ) / (e^ε + 1): no attack has a larger advantage in expectation.
 
-Rows are those of dp_utility.py: "plain" neither clips nor adds noise, "no noise" only clips. Accuracy is on the 359 images that
-nobody has, whose labels are right. What this shows is that these two attacks find much here, and how much less once there is noise.
-It does not show how much other attacks would find, or these in another model: only ε says something of all.
+Rows are those of dp_utility.py: "plain" neither clips nor adds noise, "no noise" only clips. Accuracy is on the 359 images that no
+client has, with their right labels. What is shown is how much these two attacks find here, and how much less of it there is with
+noise. It is not shown what others would find, or these in another model: of all attacks speaks only ε.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ TASK = replace(load_task("choral.tasks.digits:task"), model=network)
 
 def by_loss(losses: Floats, members: Bools) -> Floats:
     """The negative loss (Yeom et al. 2018); all `(models, clients)`."""
-    return -losses
+    scores: Floats = -losses
+    return scores
 
 
 def by_reference(losses: Floats, members: Bools) -> Floats:
@@ -93,7 +94,7 @@ def by_reference(losses: Floats, members: Bools) -> Floats:
 
 
 ATTACKS: dict[str, Callable[[Floats, Bools], Floats]] = {"loss": by_loss, "reference": by_reference}
-"""by name, what gives the scores from losses and from who was in; of a model's own members only others' scores may depend"""
+"""by name; no score depends on who was in the model that it is for, only on who was in the others"""
 
 
 def roc(scores: Floats, members: Bools) -> tuple[Floats, Floats]:
@@ -166,6 +167,15 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Attacked:
+    """What one attack finds in the models of one row; the last is of all models' scores together."""
+
+    auc: Figure
+    advantage: Figure
+    tpr_at_low_fpr: float
+
+
+@dataclass(frozen=True)
 class Row:
     """Models with the same noise: how good they are, and each client's loss in them, of which `members` were in.
 
@@ -192,19 +202,9 @@ class Row:
     def attacked(self, attack: str) -> Attacked:
         """What this attack finds."""
         scores = self.scores(attack)
-        aucs = tuple(auc(*one) for one in zip(scores, self.members, strict=True))
-        return Attacked(
-            Figure(aucs), Figure(tuple(advantages(scores, self.members).tolist())), tpr_at(LOW_FPR, scores, self.members)
-        )
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """What one attack finds in the models of one row; the last is of all models' scores together."""
-
-    auc: Figure
-    advantage: Figure
-    tpr_at_low_fpr: float
+        areas = Figure(tuple(auc(*one) for one in zip(scores, self.members, strict=True)))
+        gained = Figure(tuple(advantages(scores, self.members).tolist()))
+        return Attacked(areas, gained, tpr_at(LOW_FPR, scores, self.members))
 
 
 class Candidates:
@@ -241,7 +241,7 @@ class Candidates:
         return np.array([self._measured(LOSS, shard) for shard in self._shards]), self._measured("accuracy", self._test)
 
     def _sum(self, noise: float | None) -> WeightedSum | PrivateSum:
-        """As many are expected as the coin gives on the average: how many there are would tell of each."""
+        """As many are expected as the coins give on the average: the true number depends on each client."""
         if noise is None:
             return WeightedSum(self._manifest.size, 1)
         terms = Terms(self._options.clip, noise or 1.0, self._options.clients // 2)
@@ -343,19 +343,18 @@ def told(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def show(rows: Sequence[Row]) -> None:
     """For people."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "noise", "ε", "accuracy", "attack", "AUC", "TPR at 1 % FPR", "advantage", "at most")
+    print(
+        f"{'':10} {'noise':>6} {'ε':>7} {'accuracy':>9}  {'attack':10} {'AUC':>14} {'TPR at 1 % FPR':>15} {'advantage':>15} {'at most':>8}"
+    )
     for row in rows:
-        about = [row.name, f"{row.noise:.3g}", f"{row.spent:.4g}", f"{100 * row.accuracy.mean:.1f} %"]
+        about = f"{row.name:10} {row.noise:6.3g} {row.spent:7.4g} {100 * row.accuracy.mean:7.1f} %"
         for attack in ATTACKS:
             found = row.attacked(attack)
             area = f"{100 * found.auc.mean:.1f} ± {100 * found.auc.error:.1f} %"
             advantage = f"{found.advantage.mean:.3f} ± {found.advantage.error:.3f}"
-            table.add_row(*about, attack, area, f"{100 * found.tpr_at_low_fpr:.1f} %", advantage, f"{row.bound:.4f}")
-            about = [""] * len(about)
-    Console().print(table)
+            low = f"{100 * found.tpr_at_low_fpr:.1f} %"
+            print(f"{about}  {attack:10} {area:>14} {low:>15} {advantage:>15} {row.bound:8.4f}")
+            about = " " * len(about)
 
 
 def share(word: str) -> float:

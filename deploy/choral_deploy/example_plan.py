@@ -28,10 +28,11 @@ class Answer:
 
     def print(self) -> None:
         """For people: the lines for the configuration, and what they promise."""
+        budget = math.ceil(self.epsilon * 1e4) / 1e4
         cost = f"ε {self.epsilon:.4g} at δ {self.delta:g}"
         print(  # noqa: T201
             f"{self.steps} steps on {self.examples} examples with noise {self.noise:.4g} cost {cost}\n"
-            f"run:\n  example_privacy: {{epsilon: {self.epsilon:.4f}, delta: {self.delta:.1e}, noise: {self.noise:.5g}}}\n"
+            f"run:\n  example_privacy: {{epsilon: {budget:.4f}, delta: {self.delta:.10e}, noise: {self.noise:.10g}}}\n"
             "evaluation: {clients: false}"
         )
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from choral.config import parse
+from choral.errors import ConfigError
+from choral.privacy.gaussian import epsilon_of
+from choral_client.privacy_book import CLIENT, Loss, PrivacyBook
 from choral_deploy.cli import app
 from choral_server.config import RunSettings
 from typer.testing import CliRunner
@@ -79,3 +84,45 @@ def test_an_audit_finds_that_the_noise_is_missing() -> None:
     told = json.loads(found.stdout)
     assert told["right"] == told["guesses"]
     assert told["epsilon_at_least"] > 3 > told["epsilon_promised"]
+
+
+@pytest.mark.parametrize("delta", ["1e-5", "0.00002"])
+def test_what_hiding_examples_costs_is_a_configuration_too(delta: str) -> None:
+    arguments = ["--examples", "400", "--rounds", "20", "--delta", delta]
+    found = CliRunner().invoke(app, ["privacy", "examples", *arguments, "--epsilon", "2"])
+    run = parse(yaml.safe_load(found.stdout[found.stdout.index("run:") :])["run"], RunSettings, "what was printed")
+    hiding = run.example_privacy
+    assert hiding is not None
+    again = said("examples", *arguments, "--noise", str(hiding.noise))
+    assert again["epsilon"] <= hiding.epsilon <= 2.0001
+    assert again["steps"] == 20 * 50
+    assert hiding.delta == float(delta)
+    dearer = said("examples", *arguments, "--noise", str(hiding.noise), "--batch-size", "400")
+    assert dearer["steps"] == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "give --noise or --epsilon: the other one is found"),
+        (["--noise", "1", "--epsilon", "1"], "give --noise or --epsilon"),
+        (["--noise", "-1"], "above 0"),
+        (["--epsilon", "1", "--delta", "1"], "must be between 0 and 1"),
+    ],
+)
+def test_what_is_no_question_about_examples(arguments: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        CliRunner().invoke(app, ["privacy", "examples", "--examples", "9", "--rounds", "1", *arguments], catch_exceptions=False)
+
+
+def test_a_device_shows_what_it_has_lost(tmp_path: Path) -> None:
+    PrivacyBook(tmp_path).charge([Loss(CLIENT, 2.0)] * 4, "a", datetime(2026, 11, 26, tzinfo=UTC))
+    (tmp_path / "guard.yaml").write_text("max_epsilon: 9.0\n")
+    asked = CliRunner().invoke(app, ["client", "privacy", "--state", str(tmp_path), "--json"], catch_exceptions=False)
+    told = json.loads(asked.stdout)
+    assert told["client"] == {"results": 4, "epsilon": pytest.approx(epsilon_of(1.0, 1e-5)), "allowed": 9.0}
+    assert told["example"] == {"results": 0, "epsilon": 0.0, "allowed": None}
+    shown = CliRunner().invoke(app, ["client", "privacy", "--state", str(tmp_path)], catch_exceptions=False)
+    assert "4.377" in shown.stdout
+    with pytest.raises(ConfigError, match="is no folder"):
+        CliRunner().invoke(app, ["client", "privacy", "--state", str(tmp_path / "none")], catch_exceptions=False)
