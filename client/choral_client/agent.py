@@ -8,8 +8,8 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BufferedIOBase
@@ -63,7 +63,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 _AT_ONCE_S = 0.05
 _EAGER_S = 1.0  # the longest pause before the first contact: both may have been started together, and this lasts a minute at most
-_WORK_FAILED = "the work failed on this device, whose log says why: in a secure round nothing that its data causes is told"
+_WORK_FAILED = "the work failed on this device, whose log says why: in such a round nothing that its data causes is told"
 _LAST_RECEIPTS_S = 1.0  # how long a run that is over waits for what is being answered
 
 
@@ -303,17 +303,22 @@ class Agent:
     def _contribute(self, assignment: Assignment, checkpoint: BufferedIOBase, stop: threading.Event) -> Summand:
         if stop.is_set():
             raise Stopped
-        with checkpoint, self._oversight.watching(assignment.plan, stop):
-            try:
-                summand = self._work.contribute(assignment.plan, checkpoint, stop)
-                self._oversight.charge(assignment.plan, assignment.id)
-                return summand
-            except ChoralError as error:
-                log.warning("work failed", round=assignment.round, reason=str(error))
-                raise Declined(_WORK_FAILED) from error
-            except Exception as error:
-                log.exception("work failed", round=assignment.round)
-                raise Declined(_WORK_FAILED) from error
+        with checkpoint, self._oversight.watching(assignment.plan, stop), self._telling_nothing(assignment):
+            summand = self._work.contribute(assignment.plan, checkpoint, stop)
+            self._oversight.charge(assignment.plan, assignment.id)
+            return summand
+
+    @contextmanager
+    def _telling_nothing(self, assignment: Assignment) -> Iterator[None]:
+        """Work of which only the log of this device says why it failed. Raises Declined."""
+        try:
+            yield
+        except ChoralError as error:
+            log.warning("work failed", round=assignment.round, reason=str(error))
+            raise Declined(_WORK_FAILED) from error
+        except Exception as error:
+            log.exception("work failed", round=assignment.round)
+            raise Declined(_WORK_FAILED) from error
 
     def _mask_and_save(self, assignment: Assignment, summand: Summand, mask: Mask, stop: threading.Event) -> tuple[Parcel, Payload]:
         if stop.is_set():
@@ -328,7 +333,8 @@ class Agent:
             self._work.check(assignment.plan)
             if assignment.plan.secure is None:
                 _codec(assignment)
-            await asyncio.to_thread(self._oversight.admit, assignment.plan)
+            paid = assignment.id in self._outbox  # or else the losses of a result that waits there would be counted twice
+            await asyncio.to_thread(self._oversight.admit, assignment.plan, paid=paid)
         except Declined:
             self._deliveries.withdraw(assignment.id)
             raise
@@ -360,7 +366,8 @@ class Agent:
             raise Stopped
         codec = _codec(assignment)
         with checkpoint, self._oversight.watching(assignment.plan, stop), self._feedback(assignment, codec) as feedback:
-            result = self._work.do(assignment.plan, checkpoint, stop, codec, feedback)
+            with self._telling_nothing(assignment) if hidden_by(assignment.plan) else nullcontext():
+                result = self._work.do(assignment.plan, checkpoint, stop, codec, feedback)
             header = UploadHeader(
                 assignment=assignment.id,
                 client=self._hello.client,
@@ -378,8 +385,8 @@ class Agent:
             return self._outbox.save(_parcel(header, assignment), result.payload)
 
     def _feedback(self, assignment: Assignment, codec: Codec) -> AbstractContextManager[Feedback | None]:
-        if not codec.sparse or assignment.plan.kind is not Kind.TRAINING:
-            return nullcontext()
+        if not codec.sparse or assignment.plan.kind is not Kind.TRAINING or hidden_by(assignment.plan):
+            return nullcontext()  # what earlier updates left out had no noise on it, or has been paid for
         hello, head = self._hello, self._heads.newest
         whose = repr((self._run, head.key if head is not None else b"", hello.task, hello.task_version, hello.manifest))
         about = About(hashlib.sha256(whose.encode()).hexdigest(), assignment.id, hello.manifest.size)

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
+import structlog
 from choral.address import HostPort
 from choral.config import Settings
 from choral.errors import Declined
@@ -27,6 +28,7 @@ _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _DAY = 24 * 60  # minutes
 _LEAST_IN_SUM = 3  # clients: of two, each knows the other's
 T = TypeVar("T")
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,9 @@ class Guard(Settings):
     max_example_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """the same of each single example, of what is trained so that it is hidden (run.example_privacy at the coordinator); everything
     else is declined; needs choral[privacy] on this device"""
+    honest: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """in a secure sum whose noise clients share, the share of the fewest that may be in it on whose noise this owner counts: below
+    1 if some of them may be the coordinator's own; noise that is divided among more is declined"""
     delta: Annotated[float, Field(gt=0, le=0.01)] = 1e-5
     """the δ for which max_epsilon and max_example_epsilon hold"""
     clients: dict[Annotated[str, Field(pattern=NAME)], Annotated[str, PlainValidator(_fingerprint)]] | None = None
@@ -140,15 +145,28 @@ class Guard(Settings):
             raise Declined(_told("min_cohort", f"a cohort of {plan.cohort}", f"at least {self.min_cohort}"))
         if plan.secure is not None and plan.secure.most_clients < (least := self.floor(plan.secure).least_clients):
             raise Declined(_told("min_cohort", f"a secure sum of {plan.secure.most_clients}", f"at least {least}"))
+        if plan.secure is not None and plan.private is not None:
+            self._check_sharing(plan.private.clients, self.floor(plan.secure).least_clients)
         self.check_sending(now, address, masked=plan.secure is not None, hidden=hidden_by(plan))
 
+    def _check_sharing(self, clients: int, least: int) -> None:
+        """Raises Declined: noise is shared among more than this owner counts on."""
+        if clients > max(1, int(self.honest * least)):
+            told = f"noise that is divided among {clients} clients of a sum of {least} or more"
+            raise Declined(_told("honest", told, f"at most {max(1, int(self.honest * least))}"))
+
+    def cap(self, hidden: str) -> float | None:
+        """The most that may be lost of what is `hidden`; None: any."""
+        return self.max_epsilon if hidden == CLIENT else self.max_example_epsilon
+
     def check_loss(self, hidden: str, epsilon: float, now_epsilon: float) -> None:
-        """Whether the loss of what is `hidden` may become `epsilon`. Raises Declined."""
-        key, allowed = ("max_epsilon", self.max_epsilon) if hidden == CLIENT else ("max_example_epsilon", self.max_example_epsilon)
+        """Whether the loss of what is `hidden` may become `epsilon`. Raises Declined, without telling what other runs have cost."""
+        allowed = self.cap(hidden)
         if allowed is not None and epsilon > allowed:
+            key = "max_epsilon" if hidden == CLIENT else "max_example_epsilon"
+            log.warning("no privacy is left", lost=now_epsilon, this_would_make_it=epsilon, allowed=allowed, delta=self.delta)
             raise Declined(
-                f"this device's guard allows to lose ε {allowed:g} at δ {self.delta:g} ({key}); {now_epsilon:.4g} is lost, and "
-                f"this would make it {epsilon:.4g}"
+                f"this device's guard allows no further loss of privacy ({key}); the device's log says how much there was"
             )
 
     def floor(self, secure: SecurePlan) -> Floor:

@@ -42,6 +42,9 @@ class NoisedPart:
         """The update, shortened to the clip, block by block; and whether it had to be."""
         longest = self.told.longest(self.steps)
         norm = math.sqrt(sum(float(np.square(block, dtype=np.float64).sum()) for block in blocks()))
+        if not math.isfinite(norm):  # of a version that is no number where the work replaces it, or beyond float32
+            log.warning("no change is told", reason="the update holds an infinite or undefined number")
+            return (self._noised(np.zeros(block.size)) for block in blocks()), True
         shrink = min(1.0, longest / norm) if norm else 1.0
         if shrink < 1:
             log.info("update shortened", norm=norm, clip=self.told.clip)

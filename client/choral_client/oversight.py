@@ -18,7 +18,7 @@ from choral.plan import Plan
 from choral_client.day_book import DayBook
 from choral_client.guard import Guard, IPAddress
 from choral_client.guard_file import GuardFile
-from choral_client.privacy_book import CLIENT, EXAMPLE, PrivacyBook, losses_of
+from choral_client.privacy_book import EXAMPLE, PrivacyBook, losses_of
 from choral_client.train import Stopped
 
 log = structlog.get_logger()
@@ -53,10 +53,11 @@ class Oversight:
         self._now = now
         self._tick_s = tick_s
 
-    def admit(self, plan: Plan) -> Guard:
-        """The guard in force, if it allows an assignment, and what that costs in privacy. Raises Declined."""
+    def admit(self, plan: Plan, *, paid: bool = False) -> Guard:
+        """The guard in force, if it allows an assignment, and what that costs in privacy, if it is not `paid`. Raises Declined."""
         guard = self._allowing(plan)
-        self._check_losses(guard, plan)
+        if not paid:
+            self._check_losses(guard, plan)
         return guard
 
     def charge(self, plan: Plan, assignment: str) -> None:
@@ -71,7 +72,7 @@ class Oversight:
         losses = losses_of(plan, self._examples)
         for hidden in sorted({loss.hidden for loss in losses}):
             epsilon = partial(self._privacy.epsilon, hidden, more=losses)
-            if (guard.max_epsilon if hidden == CLIENT else guard.max_example_epsilon) is not None:
+            if guard.cap(hidden) is not None:
                 guard.check_loss(hidden, epsilon(guard.delta), self._privacy.epsilon(hidden, guard.delta))
             if hidden == EXAMPLE and plan.examples is not None and (lost := epsilon(plan.examples.delta)) > plan.examples.epsilon:
                 raise Declined(
@@ -83,6 +84,9 @@ class Oversight:
         """Whether a result may leave, also one of an earlier start, whose plan is not known any more. Raises Declined."""
         guard = self._file.current()
         guard.check_sending(self._now(), self._place(guard), masked=masked, hidden=hidden)
+        for name in hidden:  # its losses are written down, and the guard may have been tightened since
+            if guard.cap(name) is not None:
+                guard.check_loss(name, lost := self._privacy.epsilon(name, guard.delta), lost)
 
     def permit_fetching(self) -> None:
         """Whether a version may be fetched that nobody is asked to work on. Raises Declined."""

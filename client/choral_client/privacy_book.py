@@ -45,23 +45,24 @@ class Loss:
 
 
 def hidden_by(plan: Plan) -> frozenset[str]:
-    """What noise of this device's hides in what a plan asks for."""
-    return frozenset(name for name, terms in ((CLIENT, plan.private), (EXAMPLE, plan.examples)) if terms is not None)
+    """What noise of this device's hides in all that a plan asks for."""
+    if plan.private is not None:
+        return frozenset({CLIENT})
+    measured = plan.evaluate or plan.kind is Kind.EVALUATION
+    return frozenset({EXAMPLE}) if plan.examples is not None and not measured else frozenset()
 
 
 def losses_of(plan: Plan, examples: int) -> tuple[Loss, ...]:
     """What an assignment costs on so many examples."""
-    losses = []
     if (terms := plan.private) is not None:
         masked = plan.secure is not None
-        losses.append(Loss(CLIENT, as_gaussian(terms.noise) if masked else terms.noise, masked))
-    if (hiding := plan.examples) is not None and plan.kind is not Kind.EVALUATION:
-        if plan.kind is Kind.STATISTICS:
-            losses.append(Loss(EXAMPLE, hiding.noise))
-        elif count := plan.training.epochs * math.ceil(examples / plan.training.batch_size):
-            expected = min(plan.training.batch_size, examples)
-            losses.append(Loss(EXAMPLE, hiding.noise, False, expected, examples, count))
-    return tuple(losses)
+        return (Loss(CLIENT, as_gaussian(terms.noise) if masked else terms.noise, masked),)
+    if (hiding := plan.examples) is None or plan.kind is Kind.EVALUATION:
+        return ()
+    if plan.kind is Kind.STATISTICS:
+        return (Loss(EXAMPLE, hiding.noise),)
+    steps, expected = plan.training.epochs * math.ceil(examples / plan.training.batch_size), min(plan.training.batch_size, examples)
+    return (Loss(EXAMPLE, hiding.noise, False, expected, examples, steps),) if steps else ()
 
 
 class PrivacyBook:

@@ -152,8 +152,16 @@ class ExampleGradients:
             except Exception as error:  # noqa: BLE001 - torch has no class for what it cannot vectorise; other errors come again below
                 log.info("each example's gradient is computed by itself", reason=f"{type(error).__name__}: {error}")
                 self._vectorised = False
-        one_by_one = [self._of_one(*example) for example in zip(x, y, strict=True)]
+        one_by_one = [self._of_one_or_none(*example) for example in zip(x, y, strict=True)]
         return [torch.stack(of_all) for of_all in zip(*one_by_one, strict=True)]
+
+    def _of_one_or_none(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        """Zero where the task's code raises: that the work ends would tell of this example."""
+        try:
+            return self._of_one(x, y)
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            log.warning("an example counts as nothing", reason=f"{type(error).__name__}: {error}")
+            return [torch.zeros_like(parameter) for parameter in self._model.parameters() if parameter.requires_grad]
 
     def _of_one(self, x: Tensor, y: Tensor) -> list[Tensor]:
         trained, fixed = self._copies()

@@ -24,8 +24,12 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ConfigError(f"state: another client runs with {folder}: end that one, or give another folder") from error
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be locked ({error.strerror}): give a state folder on a disk of this machine"
+            ) from error
         yield
     finally:
         os.close(descriptor)

@@ -140,11 +140,16 @@ class Work:
     def _numbers(self, plan: Plan) -> NDArray[np.float64]:
         """What is told beside the update, from -1 to 1."""
         assert plan.private is not None, "only then"
-        if plan.kind is Kind.STATISTICS:
-            return scaled_moments(Moments.of(self._features()), plan.private.ranges)
-        if not plan.evaluate:
+        ranges = plan.private.ranges
+        if plan.kind is not Kind.STATISTICS and not plan.evaluate:
             return noised_part.NOTHING
-        return scaled_metrics({m.name: m.value for m in self._measure()}, self._metrics, plan.private.ranges)
+        try:
+            if plan.kind is Kind.STATISTICS:
+                return scaled_moments(Moments.of(self._features()), ranges)
+            return scaled_metrics({m.name: m.value for m in self._measure()}, self._metrics, ranges)
+        except TaskError as error:  # to say so would tell of this client alone, without any noise
+            log.warning("the middle of each range is told", reason=str(error))
+            return np.zeros(2 * len(ranges) if plan.kind is Kind.STATISTICS else len(ranges))
 
     def _trained(self, plan: Plan, checkpoint: BufferedIOBase, stop: threading.Event) -> Blocks | None:
         """The update of a training round, after the training."""
@@ -175,7 +180,11 @@ class Work:
             raise Declined(
                 f"asked for task {plan.task} {plan.task_version}; {self._task.name} {self._task.version} is installed here"
             )
-        if plan.examples is not None and plan.kind is Kind.TRAINING:
+        if plan.examples is None:
+            return
+        if plan.private is not None or plan.evaluate or plan.kind is Kind.EVALUATION:
+            raise Declined("asked to hide single examples, and beside it for what is computed from them without that noise")
+        if plan.kind is Kind.TRAINING:
             from choral_client.private_train import check_model
 
             check_model(self._model)

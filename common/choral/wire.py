@@ -211,6 +211,8 @@ def plan_from_pb(message: pb.Plan) -> Plan:
     secure = _secure_from_pb(message.secure) if message.HasField("secure") else None
     private = _private_from_pb(message.private) if message.HasField("private") else None
     examples = _examples_from_pb(message.examples) if message.HasField("examples") else None
+    if private is not None and examples is not None:
+        raise InvalidMessage("a plan that is not allowed: it has noise for clients and for single examples")
     common = training, message.seed, message.evaluate, message.cohort
     return Plan(kind, task, version, *common, secure, message.noised, private, examples)
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from choral.errors import ConfigError
 from choral.privacy.accounting import Release, Sampling, epsilon, noise_for
 
+from choral_deploy.privacy_plan import as_yaml, rounded_up
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -28,11 +30,11 @@ class Answer:
 
     def print(self) -> None:
         """For people: the lines for the configuration, and what they promise."""
-        budget = math.ceil(self.epsilon * 1e4) / 1e4
+        budget = rounded_up(self.epsilon)
         cost = f"ε {self.epsilon:.4g} at δ {self.delta:g}"
         print(  # noqa: T201
             f"{self.steps} steps on {self.examples} examples with noise {self.noise:.4g} cost {cost}\n"
-            f"run:\n  example_privacy: {{epsilon: {budget:.4f}, delta: {self.delta:.10e}, noise: {self.noise:.10g}}}\n"
+            f"run:\n  example_privacy: {{epsilon: {budget}, delta: {as_yaml(self.delta)}, noise: {self.noise:.10g}}}\n"
             "evaluation: {clients: false}"
         )
 

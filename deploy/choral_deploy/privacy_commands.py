@@ -28,6 +28,14 @@ class Counted(StrEnum):
     pld = "pld"
 
 
+class Mode(StrEnum):
+    """As run.privacy.mode."""
+
+    central = "central"
+    distributed = "distributed"
+    local = "local"
+
+
 @app.command()
 def plan(
     clients: Annotated[int, typer.Option(min=1, help="Clients that attend.")],
@@ -38,12 +46,13 @@ def plan(
     delta: Annotated[float, typer.Option(help="The probability that the promise does not hold.")] = 1e-5,
     sampling: Annotated[Drawn, typer.Option(help="run.privacy.sampling.")] = Drawn.poisson,
     accountant: Annotated[Counted, typer.Option(help="run.privacy.accountant.")] = Counted.rdp,
+    mode: Annotated[Mode, typer.Option(help="run.privacy.mode; but for central it needs --sampling none.")] = Mode.central,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """What is missing of three: noise, rounds, and the ε that they cost. Give two of them."""
     from choral_deploy.privacy_plan import Question, answer
 
-    question = Question(clients, cohort, rounds, epsilon, noise, delta, sampling.value, accountant.value)
+    question = Question(clients, cohort, rounds, epsilon, noise, delta, sampling.value, accountant.value, mode.value)
     found = answer(question)
     if json:
         typer.echo(found.to_json())

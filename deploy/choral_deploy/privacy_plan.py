@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from choral.errors import ConfigError
 from choral.privacy.accounting import Accountant, Release, Sampling, epsilon, noise_for, rounds_for
+from choral.privacy.skellam import as_gaussian
 
 T = TypeVar("T")
 
@@ -26,10 +27,12 @@ class Question:
     delta: float
     sampling: str
     accountant: str
+    mode: str = "central"
 
     def release(self, noise: float) -> Release:
         """One round."""
-        return Release(noise, Sampling(self.sampling), self.cohort, self.clients)
+        whole = self.mode == "distributed"
+        return Release(as_gaussian(noise) if whole else noise, Sampling(self.sampling), self.cohort, self.clients, whole)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Answer:
     delta: float
     sampling: str
     accountant: str
+    mode: str
     epsilon_models: float
     epsilon_coordinator: float
 
@@ -62,9 +66,11 @@ class Answer:
         table.add_row("ε", f"{self.epsilon_coordinator:.6g}", "who knows who was drawn, of a client that is drawn each time")
         Console().print(table)
         print(  # noqa: T201
-            f"run:\n  rounds: {self.rounds}\n  cohort_size: {self.cohort}\n  privacy:\n    epsilon: {_up(self.epsilon_models)}\n"
-            f"    delta: {_delta(self.delta)}\n    noise: {_up(self.noise)}\n    sampling: {self.sampling}\n"
-            f"    accountant: {self.accountant}"
+            f"run:\n  rounds: {self.rounds}\n  cohort_size: {self.cohort}\n  privacy:\n"
+            f"    epsilon: {rounded_up(self.epsilon_models)}\n    delta: {as_yaml(self.delta)}\n"
+            f"    noise: {rounded_up(self.noise)}\n    sampling: {self.sampling}\n"
+            f"    accountant: {self.accountant}\n    mode: {self.mode}"
+            + ("\n  secure_aggregation: true" if self.mode == "distributed" else "")
         )
 
 
@@ -89,7 +95,7 @@ def answer(question: Question) -> Answer:
         _shown("ε", lambda amplified=amplified: epsilon(releases, delta, accountant, amplified=amplified))  # type: ignore[misc]
         for amplified in (True, False)
     )
-    terms = question.sampling, question.accountant
+    terms = question.sampling, question.accountant, question.mode
     return Answer(question.clients, question.cohort, rounds, noise, delta, *terms, models, known)
 
 
@@ -106,6 +112,10 @@ def _check(question: Question) -> None:
         value = getattr(question, name)
         if value is not None and not (least <= value <= most and value > 0):
             raise ConfigError(f"--{name} {value:g}: give a number above 0, from {least:g} to {most:g}")
+    if question.mode != "central" and question.sampling != "none":
+        raise ConfigError(f"--mode {question.mode} does not go with --sampling {question.sampling}: add --sampling none")
+    if (question.mode, question.accountant) == ("distributed", "pld"):
+        raise ConfigError("--accountant pld cannot account for --mode distributed: take accountant rdp")
     if (question.sampling, question.accountant) == ("fixed", "pld"):
         raise ConfigError("--accountant pld cannot account for --sampling fixed: take accountant rdp, or sampling poisson")
 
@@ -118,13 +128,13 @@ def _shown(what: str, work: Callable[[], T]) -> T:
         return work()
 
 
-def _delta(delta: float) -> str:
+def as_yaml(delta: float) -> str:
     """As YAML reads a number: 1e-05 would be a text."""
     mantissa, _, exponent = f"{delta:g}".partition("e")
     return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if exponent else mantissa
 
 
-def _up(number: float) -> str:
+def rounded_up(number: float) -> str:
     """Four digits, never less than the number."""
     number = max(number, 1e-4)
     digits = 4 - math.ceil(math.log10(number))

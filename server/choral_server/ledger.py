@@ -15,11 +15,10 @@ from datetime import datetime
 from choral.errors import ConfigError
 from choral.plan import Kind
 from choral.privacy.accounting import Account, Accountant, Release, Sampling, epsilon, rounds_for
-from choral.privacy.skellam import as_gaussian
 
 from choral_server.cohort import Draw
 from choral_server.privacy import Privacy
-from choral_server.records import DISTRIBUTED, SpendingRecord, SpendingState
+from choral_server.records import SpendingRecord, SpendingState
 
 RoundKey = tuple[str, int]
 
@@ -47,10 +46,10 @@ class Ledger:
 
     def price(self, run: str, round: int, kind: Kind, draw: Draw, clip: float, now: datetime) -> SpendingRecord:
         """What a round over these clients is set aside for. Slow: call it in a thread. Raises ConfigError."""
-        settings, distributed = self.settings, self.settings.mode == DISTRIBUTED
+        settings = self.settings
         noise = settings.noise_in(kind, draw.expected, self._cohort_size)
         sampling = settings.drawn_by if kind is Kind.TRAINING else Sampling.NONE  # of the others, everybody is asked
-        release = Release(as_gaussian(noise) if distributed else noise, sampling, draw.expected, draw.population, distributed)
+        release = settings.release(noise, sampling, draw.expected, draw.population)
         return self._spending(run, round, kind, release, clip, now)
 
     def charge(self, run: str, rounds: int, now: datetime) -> SpendingRecord:
@@ -63,7 +62,7 @@ class Ledger:
             raise ConfigError(f"no private training round is in the ledger, so it cannot be known what {rounds} more have cost")
         number = min([0, *(round for name, round in list(self._spendings) if name == run)]) - 1
         made = self._spending(run, number, Kind.TRAINING, newest.release, newest.clip, now, rounds)
-        return replace(made, state=SpendingState.SPENT)
+        return replace(made, state=SpendingState.SPENT, mode=newest.mode)
 
     def _spending(
         self, run: str, round: int, kind: Kind, release: Release, clip: float, now: datetime, rounds: int = 1

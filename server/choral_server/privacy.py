@@ -8,8 +8,9 @@ from typing import Annotated, Literal, Self
 
 from choral.config import Settings
 from choral.plan import Kind
-from choral.privacy.accounting import Accountant, Sampling
+from choral.privacy.accounting import Accountant, Release, Sampling
 from choral.privacy.noise import STEPS, Noise, discrete_gaussian, gaussian
+from choral.privacy.skellam import as_gaussian
 from pydantic import Field, model_validator
 
 from choral_server.records import CENTRAL, DISTRIBUTED, LOCAL
@@ -127,6 +128,14 @@ class Privacy(Settings):
     def noise_in(self, kind: Kind, expected: int, cohort_size: int) -> float:
         """The noise in a round. A mean over everybody bears more of it, as it gets no cheaper by being drawn."""
         return self.noise if kind is Kind.TRAINING or self.mode == LOCAL else self.noise * max(1.0, expected / cohort_size)
+
+    def charged(self, noise: float) -> float:
+        """What noise is counted as."""
+        return as_gaussian(noise) if self.mode == DISTRIBUTED else noise
+
+    def release(self, noise: float, sampling: Sampling = Sampling.NONE, expected: int = 1, population: int = 1) -> Release:
+        """A round with this noise, as it is counted."""
+        return Release(self.charged(noise), sampling, expected, population, self.mode == DISTRIBUTED)
 
     def must_suit(self, weight_cap: int | None, over_selection: float, max_update_norm: float | None, secure: bool) -> None:
         """Raises ValueError: other settings of the run would make untrue what is counted."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from choral.errors import ConfigError
 from choral.metrics import LOSS
-from choral.plan import Kind, PrivatePlan
-from choral.privacy.accounting import Release, epsilon
+from choral.plan import Kind
+from choral.privacy.accounting import epsilon
 from choral.privacy.told import scale_for, told_of
 
 from choral_server.aggregate import entry_bound
 from choral_server.blueprint import Blueprint
 from choral_server.config import RunSettings
 from choral_server.privacy import Privacy
+from choral_server.private_rounds import private_plan
 
 
 def check_privacy(privacy: Privacy, run: RunSettings, task: Blueprint) -> None:
     """Raises ConfigError: the library is missing, something that is told has no range, or one round is more than the budget."""
-    one = epsilon({Release(privacy.noise): 1}, privacy.delta, privacy.counted_by, amplified=False)
+    one = epsilon({privacy.release(privacy.noise): 1}, privacy.delta, privacy.counted_by, amplified=False)
     if privacy.sampling == "none" and one > privacy.epsilon:
         raise ConfigError(
             f"run.privacy: one round with noise {privacy.noise:g} costs ε {one:.4g}, and epsilon allows {privacy.epsilon:g}: "
@@ -37,18 +38,25 @@ def check_privacy(privacy: Privacy, run: RunSettings, task: Blueprint) -> None:
 
 def _check_noise_on_devices(privacy: Privacy, run: RunSettings, task: Blueprint) -> None:
     """Raises ConfigError: a sum of what clients send would be too coarse, or its entries larger than any that are accepted."""
-    size, secure, cohort_size = task.manifest.size, run.secure_aggregation, run.cohort_size
-    terms = PrivatePlan(privacy.noise, 1, privacy.clip)
-    told = told_of(Kind.TRAINING, terms, size, masked=secure is not None)
+    size, secure, ranges = task.manifest.size, run.secure_aggregation, tuple((privacy.metrics or {}).values())
+    told = told_of(
+        Kind.TRAINING, private_plan(run, Kind.TRAINING, run.cohort_size, privacy.clip, ranges), size, masked=secure is not None
+    )
     if secure is not None:
-        try:
-            scale_for(told, cohort_size, max(secure.minimum_cohort, run.needed), secure.ring_bits)
-        except ConfigError as error:
-            raise ConfigError(f"run.privacy: {error}") from None
-    elif (largest := told.largest(1, 1)) > (bound := entry_bound(cohort_size)):
+        kinds = [(Kind.TRAINING, ranges, run.cohort_size)]
+        kinds += [(Kind.STATISTICS, task.ranges or (), secure.largest_cohort)] if task.statistics is not None else []
+        kinds += [(Kind.EVALUATION, ranges, secure.largest_cohort)] if ranges else []
+        for kind, beside, most in kinds:
+            plan = private_plan(run, kind, most, privacy.clip, beside)
+            try:
+                bits = secure.ring_bits if kind is Kind.TRAINING else 64
+                scale_for(told_of(kind, plan, size, masked=True), most, plan.clients, bits)
+            except ConfigError as error:
+                raise ConfigError(f"run.privacy, in a {kind.value} round of {most} clients: {error}") from None
+    elif (largest := told.largest(1, 1)) > (bound := entry_bound(run.cohort_size)):
         raise ConfigError(
             f"run.privacy: with noise {privacy.noise:g} and clip {privacy.clip:g} an entry of an update may be {largest:.3g}, and "
-            f"with cohort_size {cohort_size} at most {bound:.3g} can be summed: lower one of the three"
+            f"with cohort_size {run.cohort_size} at most {bound:.3g} can be summed: lower one of the three"
         )
 
 

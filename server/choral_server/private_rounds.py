@@ -22,7 +22,7 @@ from choral_server.noised_sum import NoisedStatistics, NoisedSum
 from choral_server.privacy import Privacy, noise_of
 from choral_server.private_means import PrivateStatistics, noised_metrics
 from choral_server.private_sum import PrivateSum, Terms
-from choral_server.records import CENTRAL, DISTRIBUTED, LOCAL, SpendingRecord, SpendingState
+from choral_server.records import DISTRIBUTED, LOCAL, SpendingRecord, SpendingState
 from choral_server.rounds import Part, PartState, Round, RoundState
 from choral_server.store import Store
 
@@ -60,9 +60,13 @@ class PrivateRounds:
         return self._spendings.get((round.run, round.number))
 
     def suits(self, round: Round) -> bool:
-        """Whether a round was opened as these settings would open it."""
-        spending = self.spending(round)
-        return spending is not None and spending.mode == self._privacy.mode
+        """Whether a round was opened as these settings would open it: where clients add the noise, they would be told of these."""
+        spending, privacy = self.spending(round), self._privacy
+        if spending is None or spending.mode != privacy.mode:
+            return False
+        release = spending.release
+        noise = privacy.noise_in(round.kind, release.expected, self._run.cohort_size)
+        return not privacy.on_devices or (privacy.charged(noise), self.ledger.clip(self._name)) == (release.noise, spending.clip)
 
     def spent(self, closed: Round, within: float | None) -> tuple[SpendingRecord, ...]:
         """What was set aside for a round is spent; and how long updates may be next, if the share `within` was no longer."""
@@ -77,26 +81,15 @@ class PrivateRounds:
 
     def plan(self, kind: Kind, goal: int, evaluate: bool) -> PrivatePlan | None:
         """The noise that clients add, in a round of `goal` results; None: it is not they who do."""
-        privacy = self._privacy
-        if not privacy.on_devices:
+        if not self._privacy.on_devices:
             return None
-        shares, clients = privacy.shares, 1
-        if (secure := self._run.secure_aggregation) is not None:
-            clients = math.ceil(privacy.honest * max(secure.minimum_cohort, self.least_clients(kind)))
-        ranges = self._features if kind is Kind.STATISTICS else self._ranges() if evaluate else ()
-        clip_share, metrics_share = (shares.clip, shares.metrics) if kind is Kind.TRAINING else (0.0, 0.0)
-        noise = privacy.noise_in(kind, goal, self._run.cohort_size)
-        return PrivatePlan(noise, clients, self.ledger.clip(self._name), clip_share, metrics_share, ranges)
-
-    def least_clients(self, kind: Kind) -> int:
-        """Of how many results a round is made at the least, whose noise must be enough."""
-        return 1 if kind is Kind.EVALUATION else self._run.needed
+        return private_plan(self._run, kind, goal, self.ledger.clip(self._name), self._ranges(kind, evaluate))
 
     def secure(self, plan: SecurePlan, kind: Kind, private: PrivatePlan) -> SecurePlan:
         """How noised vectors are summed: in the finest steps that leave room for a sum of them, and for the noise."""
         told = told_of(kind, private, self._size, masked=True)
         scale = scale_for(told, plan.most_clients, private.clients, plan.ring_bits)
-        least = max(plan.least_clients, self.least_clients(kind))
+        least = max(plan.least_clients, least_clients(self._run, kind))
         steps = replace(plan, clip=scale.clip, fraction_bits=scale.fraction_bits)
         return replace(steps, least_clients=least, weight_cap=1, max_norm=0.0)
 
@@ -137,19 +130,39 @@ class PrivateRounds:
         noise = total if closed.kind is Kind.EVALUATION else noise_of(privacy.shares.metrics, total)
         return noised_metrics(accepted, privacy.metrics, noise, spending.release.expected, privacy.source())
 
-    def _ranges(self) -> tuple[Range, ...]:
+    def _ranges(self, kind: Kind, evaluate: bool) -> tuple[Range, ...]:
+        """Of what is told in a round of this kind beside the update."""
         ranges = self._privacy.metrics or {}
-        return tuple(ranges[name] for name in self._metrics if name in ranges)
+        measured = tuple(ranges[name] for name in self._metrics if name in ranges)
+        return self._features if kind is Kind.STATISTICS else measured if evaluate else ()
+
+
+def private_plan(run: RunSettings, kind: Kind, goal: int, clip: float, ranges: tuple[Range, ...]) -> PrivatePlan:
+    """The noise that clients add in a round of `goal` results, who tell numbers in these `ranges` beside an update."""
+    assert run.privacy is not None, "only then"
+    privacy, clients = run.privacy, 1
+    if (secure := run.secure_aggregation) is not None:
+        clients = math.ceil(privacy.honest * max(secure.minimum_cohort, least_clients(run, kind)))
+    shares = privacy.shares
+    clip_share, metrics_share = (shares.clip, shares.metrics) if kind is Kind.TRAINING else (0.0, 0.0)
+    return PrivatePlan(privacy.noise_in(kind, goal, run.cohort_size), clients, clip, clip_share, metrics_share, ranges)
+
+
+def least_clients(run: RunSettings, kind: Kind) -> int:
+    """Of how many results a round is made at the least, whose noise must be enough."""
+    return 1 if kind is Kind.EVALUATION else run.needed
 
 
 def returned(spending: SpendingRecord | None, before: Round, after: Round) -> tuple[SpendingRecord, ...]:
     """What comes back from a round that was abandoned; of one that was closed already, what it gives may have been written.
 
-    Where the coordinator is not to be trusted, nothing comes back once a result has come.
+    Where the coordinator is not to be trusted, nothing comes back once it may have seen something: a masked result that arrived, or
+    any that was asked for and is not masked, which may still come.
     """
     if spending is None or after.state is not RoundState.ABANDONED:
         return ()
-    seen = spending.mode != CENTRAL and (before.count(PartState.ACCEPTED) or after.count(PartState.ACCEPTED))
+    arrived = before.count(PartState.ACCEPTED) or after.count(PartState.ACCEPTED)
+    seen = spending.mode == LOCAL or (spending.mode == DISTRIBUTED and arrived)
     back = before.state is RoundState.OPEN and not seen
     return (replace(spending, state=SpendingState.RETURNED if back else SpendingState.SPENT),)
 

@@ -74,7 +74,7 @@ FULL = PrivatePlan(NOISE, 2, CLIP, 0.02, 0.1, RANGES)
 @pytest.mark.parametrize("update", HOSTILE)
 def test_whatever_the_update_the_vector_is_no_longer_than_its_reach(terms: PrivatePlan, update: NDArray[np.float32]) -> None:
     """In whole steps, exactly: so the noise over what one can move is what is counted."""
-    for masked in (True, False):
+    for masked in (True, False) if not terms.clip_share else (True,):
         asked = secured(terms) if masked else plan(replace(terms, clients=1))
         made = part_of(asked, SIZE, len(METRICS))
         numbers = np.array([math.inf, -5.0]) if terms.ranges else NOTHING
@@ -95,7 +95,7 @@ def test_shares_of_the_privacy_make_up_the_whole() -> None:
 
 def test_what_is_sent_alone_has_all_the_noise() -> None:
     size = 100_000
-    made = part_of(plan(replace(LOCAL, clip_share=0.0)), size, 0)
+    made = part_of(plan(LOCAL), size, 0)
     told = np.concatenate(list(made.update_as_told(blocks(np.zeros(size, np.float32)))))
     assert told.dtype == np.float32
     deviation = NOISE * 2 * CLIP
@@ -159,11 +159,20 @@ def test_what_comes_out_is_the_mean_with_everything_beside_it(tmp_path: Any) -> 
     assert made.within == pytest.approx(0.5, abs=0.3)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_update_that_is_no_number_is_none(bad: float) -> None:
+    update = np.full(SIZE, 1000.0, np.float32)
+    update[7] = bad
+    made = without_noise(part_of(plan(LOCAL), SIZE, 0))
+    assert not np.concatenate([*made.update(blocks(update))[0]]).any()
+
+
 BAD: list[tuple[PrivatePlan, dict[str, Any], str]] = [
     (replace(LOCAL, clients=2), {}, "divided among 2 clients is enough only in a sum"),
     (replace(LOCAL, noise=1e300), {}, "noise that cannot be right"),
     (replace(LOCAL, ranges=RANGES), {}, "noise that cannot be right"),
     (replace(LOCAL, metrics_share=0.1), {}, "noise that cannot be right"),
+    (replace(LOCAL, clip_share=0.1), {}, "how many updates were shortened is told in a sum only"),
     (replace(FULL, clients=1, ranges=RANGES[:1]), {}, "1 ranges for 2 numbers"),
     (replace(LOCAL, clients=3), {"least_clients": 2}, "divided among 3 clients, and as few as 2 may be summed"),
     (replace(LOCAL, clients=2), {"fraction_bits": 31}, "noise that cannot be right"),

@@ -97,7 +97,7 @@ def test_the_guard_caps_what_is_lost(tmp_path: Path) -> None:
     for number in range(2):
         watch.admit(LOCAL)
         watch.charge(LOCAL, str(number))
-    with pytest.raises(Declined, match=rf"allows to lose ε {limit:g} at δ 1e-05 \(max_epsilon\); .* this would make it"):
+    with pytest.raises(Declined, match=r"allows no further loss of privacy \(max_epsilon\)"):
         watch.admit(LOCAL)
     with pytest.raises(Declined, match="max_epsilon"):
         watch.charge(LOCAL, "2")  # nor if the guard changed while it worked
@@ -126,3 +126,29 @@ def test_one_client_at_a_time(tmp_path: Path) -> None:
         pass
     with alone_in(tmp_path):
         pass
+
+
+def test_a_result_that_was_paid_for_is_not_paid_for_twice_but_a_tighter_guard_keeps_it(tmp_path: Path) -> None:
+    watch = oversight(tmp_path, f"max_epsilon: {epsilon_of(1 / 4, DELTA) * 1.01}\n")
+    watch.admit(LOCAL)
+    watch.charge(LOCAL, "a")
+    watch.admit(LOCAL, paid=True)
+    watch.permit_sending(False, (CLIENT,))
+    with pytest.raises(Declined, match="max_epsilon"):
+        oversight(tmp_path, "max_epsilon: 0.1\n").permit_sending(False, (CLIENT,))
+
+
+@pytest.mark.parametrize("plan", [replace(TRAINING, evaluate=True), replace(TRAINING, kind=Kind.EVALUATION), replace(LOCAL)])
+def test_what_is_measured_on_examples_hides_none_of_them(tmp_path: Path, plan: Plan) -> None:
+    with pytest.raises(Declined, match=r"max_example_epsilon"):
+        oversight(tmp_path, "max_example_epsilon: 9.0\n").admit(replace(plan, examples=HIDING))
+
+
+def test_an_owner_counts_on_as_much_noise_as_it_says(tmp_path: Path) -> None:
+    secure = SecurePlan("run", 4, 4, 0.0, 1.0, 20, 32, 1)
+    watch = oversight(tmp_path, "{max_epsilon: 90.0, honest: 0.5}\n")
+    watch.admit(replace(LOCAL, secure=secure, private=replace(LOCAL.private, clients=2)))  # type: ignore[type-var]
+    with pytest.raises(
+        Declined, match=r"noise that is divided among 3 clients of a sum of 4 or more; it allows at most 2 \(honest\)"
+    ):
+        watch.admit(replace(LOCAL, secure=secure, private=replace(LOCAL.private, clients=3)))  # type: ignore[type-var]

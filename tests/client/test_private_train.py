@@ -14,7 +14,7 @@ import pytest
 import structlog
 import torch
 from choral import Standardize, Task, Training
-from choral.errors import Declined, TaskError
+from choral.errors import Declined
 from choral.privacy.accounting import Accountant, Release, Sampling, epsilon
 from choral.privacy.noise import STEPS, Bits
 from choral_client import private_train
@@ -182,13 +182,23 @@ def test_what_cannot_be_vectorised_is_computed_one_by_one_to_the_same(
         assert close(clipped_sum(gradients, CLIP, GRID), expected)
 
 
-def test_what_is_wrong_with_the_task_is_wrong_one_by_one_too() -> None:
-    def wrong(prediction: Tensor, y: Tensor) -> Tensor:
-        raise IndexError("no such column")
-
-    model = nn.Linear(6, 1)
-    with pytest.raises(TaskError, match="task some: training raised IndexError: no such column"):
-        fit_privately(task(model, wrong), model, TensorDataset(rows(3), rows(3)), Training(), NOISE, CLIP, 0)
+def test_an_example_that_breaks_the_tasks_code_counts_as_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the work ended, or its update were another, that would tell of this example; the owner reads it in the log."""
+    silence(monkeypatch)
+    x, y = rows(6), classes(6)
+    y[2] = 10**6  # no class
+    others = torch.arange(6) != 2
+    trained, initial = [], mlp().state_dict()
+    for examples in (TensorDataset(x, y), TensorDataset(x[others], y[others])):
+        model = mlp()
+        model.load_state_dict(initial)
+        with structlog.testing.capture_logs() as logged:
+            fit_privately(task(model, cross_entropy), model, examples, Training(batch_size=len(examples)), NOISE, CLIP, 0)
+        told = [entry["event"] for entry in logged if entry["log_level"] == "warning"]
+        assert told == (["an example counts as nothing"] if len(examples) == 6 else [])
+        trained.append(torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]))
+    begun = torch.cat([value.reshape(-1) for value in initial.values()])
+    assert (trained[0] - begun) * 6 == pytest.approx((trained[1] - begun) * 5, abs=1e-5)
 
 
 def test_how_many_are_computed_at_once_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

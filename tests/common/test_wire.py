@@ -346,6 +346,12 @@ def test_noise_that_hides_nothing_is_not_allowed(name: str, field: str, value: f
         wire.plan_from_pb(pb.Plan(kind=mb.ROUND_KIND_TRAINING, batch_size=1, learning_rate=0.1, **{name: terms}))
 
 
+def test_noise_for_both_is_not_allowed() -> None:
+    both = {"private": pb.PrivatePlan(**PRIVATE), "examples": pb.ExamplePlan(**HIDING)}
+    with pytest.raises(InvalidMessage, match="it has noise for clients and for single examples"):
+        wire.plan_from_pb(pb.Plan(kind=mb.ROUND_KIND_TRAINING, batch_size=1, learning_rate=0.1, **both))
+
+
 @pytest.mark.parametrize("bad", [(1.0, 1.0), (2.0, 1.0), (math.nan, 1.0), (0.0, math.inf)])
 def test_a_range_that_is_none_is_not_allowed(bad: tuple[float, float]) -> None:
     terms = pb.PrivatePlan(**PRIVATE, ranges=[pb.Range(least=bad[0], most=bad[1])])

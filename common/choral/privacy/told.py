@@ -96,6 +96,8 @@ def told_of(kind: Kind, terms: PrivatePlan, size: int, *, masked: bool) -> Told:
         return Told(0, beside, terms.clip, total * math.sqrt(beside))
     if bool(count) != (terms.metrics_share > 0):
         raise ConfigError(f"a private round has {count} metrics, and a share of {terms.metrics_share:g} of its privacy for them")
+    if terms.clip_share and not masked:
+        raise ConfigError("how many updates were shortened is told in a sum only")
     deviation = total / math.sqrt(1 - terms.clip_share - terms.metrics_share) * terms.clip
     unit = deviation * math.sqrt(terms.metrics_share / count) / total if count else 1.0
     return Told(size, count, terms.clip, deviation, unit, deviation * math.sqrt(terms.clip_share) / total)
