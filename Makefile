@@ -21,6 +21,8 @@ chaos: $(READY)
 audit: $(READY)
 	$(BIN)/choral privacy audit --noise 1 --canaries 10000
 	$(BIN)/choral privacy audit --noise 1 --canaries 10000 --source discrete
+	$(BIN)/choral privacy audit --noise 1 --canaries 2000 --source skellam
+	$(BIN)/choral privacy audit --noise 1 --canaries 10000 --source local
 	$(BIN)/choral privacy audit --noise 8 --rounds 40 --canaries 2000
 
 # Hostile bytes, guided by coverage where atheris is installed (CPython on Linux x86-64), shared by all decoders: make fuzz FUZZ_S=60

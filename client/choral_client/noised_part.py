@@ -46,8 +46,6 @@ class NoisedPart:
             log.warning("no change is told", reason="the update holds an infinite or undefined number")
             return (self._noised(np.zeros(block.size)) for block in blocks()), True
         shrink = min(1.0, longest / norm) if norm else 1.0
-        if shrink < 1:
-            log.info("update shortened", norm=norm, clip=self.told.clip)
         return (self._noised(np.rint(np.multiply(block, shrink * self.steps, dtype=np.float64))) for block in blocks()), shrink < 1
 
     def beside(self, numbers: Numbers, *, shortened: bool = False) -> Integers:

@@ -87,6 +87,8 @@ class Source(StrEnum):
 
     gaussian = "gaussian"
     discrete = "discrete"
+    skellam = "skellam"
+    local = "local"
     none = "none"
 
 
@@ -97,13 +99,13 @@ def audit(
     delta: Annotated[float, typer.Option(help="The probability that the promise does not hold.")] = 1e-5,
     confidence: Annotated[float, typer.Option(help="How sure the bound is to be.")] = 0.99,
     source: Annotated[
-        Source, typer.Option(help="gaussian, or discrete as with run.privacy.discrete; none shows that a missing noise is found.")
+        Source, typer.Option(help="The coordinator's: gaussian, discrete; devices': skellam (summed), local; none is found out.")
     ] = Source.gaussian,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Try to find who took part in what is released; a broken promise is an error.
 
-    It looks at clipping, the sum and the noise, as the coordinator makes them; not at how cohorts are drawn, nor at metrics.
+    It looks at clipping, the sum and the noise, as they are made; not at how cohorts are drawn, nor at metrics.
     """
     from choral_deploy.privacy_audit import audit as run
 

@@ -70,7 +70,7 @@ def test_what_cannot_be_answered_is_said(arguments: list[str], told: str) -> Non
     assert told in str(found.exception)
 
 
-@pytest.mark.parametrize("source", ["gaussian", "discrete"])
+@pytest.mark.parametrize("source", ["gaussian", "discrete", "skellam", "local"])
 def test_an_audit_finds_nothing_where_the_promise_holds(source: str) -> None:
     found = said("audit", "--noise", "1.5", "--rounds", "1", "--source", source, "--confidence", "0.999999")
     assert found["epsilon_at_least"] <= found["epsilon_promised"] < 3
