@@ -59,7 +59,7 @@ PLAIN, NO_NOISE = "plain", "no noise"
 Flat = NDArray[np.float32]
 
 
-def _silent(count: int) -> Integers:
+def silent(count: int) -> Integers:
     """No noise."""
     return np.zeros(count, np.int64)
 
@@ -97,12 +97,12 @@ class Simulation:
         self._shards = {name: TASK.examples(paths[name]) for name in names}
         self._test = TASK.examples(paths["test"])
         self._model = TASK.initial_model(seed)
-        _standardise_by_ranges(self._model)
+        standardise_by_ranges(self._model)
         self._manifest: Manifest = describe(self._model)
 
     def train(self, noise: float | None, clip: float, advance: Any) -> tuple[float, float]:
         """All rounds with this noise (0: only clipping, None: neither); accuracy and membership at the end."""
-        weights = _flat(self._model, self._manifest)
+        weights = flat(self._model, self._manifest)
         first = weights.copy()
         sampling = Sampling.POISSON if self._options.cohort < self._options.clients else Sampling.NONE
         for number in range(self._options.rounds):
@@ -116,10 +116,10 @@ class Simulation:
                     clip = AdaptiveClip().next(clip, total.within)
             weights = step(weights, total.mean())
             advance()
-        _load(self._model, self._manifest, weights)
+        load(self._model, self._manifest, weights)
         accuracy = value_of(evaluate(TASK, self._model, self._test), "accuracy")
         membership = self._membership()
-        _load(self._model, self._manifest, first)
+        load(self._model, self._manifest, first)
         assert accuracy is not None, "it is among the task's metrics"
         return accuracy, membership
 
@@ -141,21 +141,21 @@ class Simulation:
         if noise is None:
             return WeightedSum(self._manifest.size, 1)
         if noise == 0:
-            return PrivateSum(self._manifest.size, Terms(clip, 1.0, expected), _silent)
+            return PrivateSum(self._manifest.size, Terms(clip, 1.0, expected), silent)
         if not self._options.adaptive:
             return PrivateSum(self._manifest.size, Terms(clip, noise, expected), gaussian())
         terms = Terms(clip, noise / math.sqrt(1 - CLIP_SHARE), expected, noise_of(CLIP_SHARE, noise))
         return PrivateSum(self._manifest.size, terms, gaussian())
 
     def _add(self, total: WeightedSum | PrivateSum, weights: Flat, client: str, number: int) -> None:
-        _load(self._model, self._manifest, weights)
+        load(self._model, self._manifest, weights)
         fit(TASK, self._model, self._shards[client], TRAINING, seed_for(self._seed, number, client))
         path = self._folder / "update"
-        (_flat(self._model, self._manifest) - weights).astype("<f4").tofile(path)
+        (flat(self._model, self._manifest) - weights).astype("<f4").tofile(path)
         total.fold(Part(f"{number}/{client}", client, PartState.ACCEPTED, examples=1), path)
 
 
-def _standardise_by_ranges(model: nn.Module) -> None:
+def standardise_by_ranges(model: nn.Module) -> None:
     """As if numbers were spread evenly over their ranges: known without the data, so it costs nothing."""
     layer = standardize_of(model)
     assert layer is not None, "the task has one"
@@ -164,12 +164,12 @@ def _standardise_by_ranges(model: nn.Module) -> None:
     layer.fill(Moments(1.0, (low + high) / 2, np.square(high - low) / 12))
 
 
-def _flat(model: nn.Module, manifest: Manifest) -> Flat:
+def flat(model: nn.Module, manifest: Manifest) -> Flat:
     state = model.state_dict()
     return np.concatenate([state[entry.name].detach().reshape(-1).numpy() for entry in manifest.averaged]).astype(np.float32)
 
 
-def _load(model: nn.Module, manifest: Manifest, weights: Flat) -> None:
+def load(model: nn.Module, manifest: Manifest, weights: Flat) -> None:
     state = model.state_dict()
     for entry in manifest.averaged:
         part = weights[entry.offset : entry.offset + entry.size].reshape(entry.shape)
