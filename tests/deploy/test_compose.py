@@ -158,6 +158,8 @@ def test_images_start_as_an_unprivileged_user_and_hold_no_tools_of_the_build(ima
 def test_up_trains_to_the_end_and_each_client_sees_only_its_own_shard(project: Project) -> None:
     project("up", "--detach")
     project.wait_for("coordinator", f"rounds=1/{ROUNDS}")
+    operate = ("choral", "runs", "--config", "/etc/choral/choral.yaml")
+    project.execute("coordinator", *operate[:2], "pause", *operate[2:])  # or it might be over while we look around
 
     assert "serving" in project.execute("coordinator", "choral", "server", "health", "--config", "/etc/choral/choral.yaml")
     for service in ("coordinator", *CLIENTS):
@@ -173,7 +175,7 @@ def test_up_trains_to_the_end_and_each_client_sees_only_its_own_shard(project: P
             r"find / \( -path /proc -o -path /sys \) -prune -o \( -name '*.csv' -o -name '*.key' -o -name choral_server \) -print"
         )
         look = f"{find} 2>&1 | grep -v 'Permission denied'; echo; ls /etc/choral; echo; cat /data/shard.csv"
-        found, mounted, shard = project.execute(client, "sh", "-c", look).split("\n\n")  # in one go: the run does not wait
+        found, mounted, shard = project.execute(client, "sh", "-c", look).split("\n\n")
         own = {"/data/shard.csv", "/var/lib/choral/identity/tls.key", "/var/lib/choral/identity/signing.key"}
         assert (set(found.split()), mounted.split()) == (own, ["token"])
         rows[client] = set(shard.splitlines()[1:])
@@ -182,6 +184,7 @@ def test_up_trains_to_the_end_and_each_client_sees_only_its_own_shard(project: P
     assert [len(rows[client]) for client in CLIENTS] == [202, 202]
     assert not rows["alice"] & rows["bob"]
 
+    project.execute("coordinator", *operate[:2], "resume", *operate[2:])
     assert {service: project.ended(service) for service in ("setup", "invite", "coordinator", *CLIENTS)} == {
         "setup": 0,
         "invite": 0,

@@ -7,6 +7,7 @@ is a process of its own as any other: it gets its own command line, environment,
 from __future__ import annotations
 
 import array
+import itertools
 import json
 import os
 import signal
@@ -68,13 +69,16 @@ class Zygote:
             rights = array.array("i", [stdout, stderr])
             self._socket.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
             self._ended.wait_for(lambda: len(self._started) > before or self._process.poll() is not None)
-            return Forked(self, self._started[before])
+            return Forked(self, before, self._started[before])
 
-    def code(self, pid: int, timeout: float | None) -> int | None:
-        """The exit code of a child, as Popen tells it; None: it still runs."""
+    def code(self, number: int, timeout: float | None) -> int | None:
+        """The exit code of the child that was started as this one, as Popen tells it; None: it still runs.
+
+        Not by its process's id: in half an hour of tests the system begins with those anew.
+        """
         with self._ended:
-            self._ended.wait_for(lambda: pid in self._codes, timeout)
-            return self._codes.get(pid)
+            self._ended.wait_for(lambda: number in self._codes, timeout)
+            return self._codes.get(number)
 
     def end(self) -> None:
         """End it; children that still run stay."""
@@ -96,18 +100,19 @@ class Zygote:
 class Forked:
     """One process that the zygote started."""
 
-    def __init__(self, zygote: Zygote, pid: int) -> None:
+    def __init__(self, zygote: Zygote, number: int, pid: int) -> None:
         self._zygote = zygote
+        self._number = number
         self.pid = pid
 
     @property
     def returncode(self) -> int | None:
         """The exit code, or minus the signal that ended it; None while it runs."""
-        return self._zygote.code(self.pid, 0)
+        return self._zygote.code(self._number, 0)
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end. Raises TimeoutExpired."""
-        code = self._zygote.code(self.pid, timeout)
+        code = self._zygote.code(self._number, timeout)
         if code is None:
             raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
         return code
@@ -138,11 +143,11 @@ def _serve(connection: socket.socket) -> None:
         with told:
             connection.send(json.dumps(what).encode())
 
-    def reap(pid: int) -> None:
+    def reap(pid: int, number: int) -> None:
         _, status = os.waitpid(pid, 0)
-        tell(ended=pid, code=os.waitstatus_to_exitcode(status))
+        tell(ended=number, code=os.waitstatus_to_exitcode(status))
 
-    while True:
+    for number in itertools.count():
         request, rights, _, _ = socket.recv_fds(connection, 1 << 16, 2)
         if not request:
             os._exit(0)
@@ -154,7 +159,7 @@ def _serve(connection: socket.socket) -> None:
         for descriptor in rights:
             os.close(descriptor)
         tell(started=pid)
-        threading.Thread(target=reap, args=(pid,), daemon=True).start()
+        threading.Thread(target=reap, args=(pid, number), daemon=True).start()
 
 
 def _become(request: dict[str, Any], stdout: int, stderr: int) -> None:
