@@ -15,7 +15,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import structlog
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from choral_client.train import Stopped
 
@@ -203,7 +203,16 @@ def _batches_of(examples: Dataset[Any], index: Tensor, size: int) -> Iterator[tu
     """Pairs (x, y) of at most `size` of the examples that `index` lists."""
     if isinstance(examples, TensorDataset):
         return batches(TensorDataset(*(tensor[index] for tensor in examples.tensors)), size)
-    return batches(Subset(examples, index.tolist()), size)
+    loaded = [example for number in index.tolist() for example in _loaded(examples, number)]
+    return batches(cast("Dataset[Any]", loaded), size)
+
+
+def _loaded(examples: Dataset[Any], number: int) -> Iterator[Any]:
+    """One example; none if the task's code raises, for that the work ends would tell of it."""
+    try:
+        yield examples[number]
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        log.warning("an example counts as nothing", reason=f"{type(error).__name__}: {error}")
 
 
 def _put(trained: Sequence[nn.Parameter], gradient: Tensor) -> None:

@@ -53,8 +53,11 @@ def answer(
     """Of `noise` and `target_epsilon` one is given. Raises ConfigError: both are, or neither, or they are no numbers to go by."""
     if (noise is None) == (target_epsilon is None):
         raise ConfigError("give --noise or --epsilon: the other one is found")
-    if not 0 < delta < 1 or not 0 < (noise if noise is not None else target_epsilon or 0.0) < math.inf:
-        raise ConfigError(f"--delta {delta:g} must be between 0 and 1, and --noise or --epsilon above 0")
+    if not 0 < delta <= 0.01:
+        raise ConfigError(f"--delta {delta:g}: give a probability, well below one over the number of examples")
+    for name, value, least, most in (("epsilon", target_epsilon, 0.0, 1e6), ("noise", noise, 0.05, 1e4)):
+        if value is not None and not (least <= value <= most and value > 0):
+            raise ConfigError(f"--{name} {value:g}: give a number above 0, from {least:g} to {most:g}")
     steps, expected = rounds * epochs * math.ceil(examples / batch_size), min(batch_size, examples)
 
     def releases(noise: float) -> Counter[Release]:

@@ -96,7 +96,7 @@ class Ledger:
         settings, counted = self.settings, self._counted
         models, known = self._both(counted)
         trained = (one.release for one in reversed(list(self._spendings.values())) if one.kind is Kind.TRAINING)
-        release = next(trained, Release(settings.noise))
+        release = next(trained, settings.release(settings.noise))
         rounds = rounds_for(settings.epsilon, settings.delta, release, Accountant.RDP, counted)  # which is fast, and never too many
         return Left(settings.epsilon, settings.delta, models, known, rounds)
 

@@ -201,6 +201,31 @@ def test_an_example_that_breaks_the_tasks_code_counts_as_nothing(monkeypatch: py
     assert (trained[0] - begun) * 6 == pytest.approx((trained[1] - begun) * 5, abs=1e-5)
 
 
+class Torn(Dataset[Any]):
+    """Of its examples one cannot be read."""
+
+    def __init__(self, whole: TensorDataset, torn: int) -> None:
+        self._whole, self._torn = whole, torn
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def __getitem__(self, number: int) -> Any:
+        if number == self._torn:
+            raise OSError("a bad sector")
+        return self._whole[number]
+
+
+def test_an_example_that_cannot_be_read_counts_as_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    silence(monkeypatch)
+    whole, model = TensorDataset(rows(5), classes(5)), mlp()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with structlog.testing.capture_logs() as logged:
+        fit_privately(task(model, cross_entropy), model, Torn(whole, 3), Training(batch_size=5), NOISE, CLIP, 0)
+    assert [entry["reason"] for entry in logged if entry["log_level"] == "warning"] == ["OSError: a bad sector"]
+    assert any(not torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+
+
 def test_how_many_are_computed_at_once_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than there is memory for, and no more than two batches."""
     sizes, trained = list[int](), list[Tensor]()

@@ -11,7 +11,7 @@ import torch
 from choral import Standardize, Task, Training
 from choral.errors import Declined, TaskError
 from choral.metrics import Metric
-from choral.plan import Kind, Plan
+from choral.plan import ExamplePlan, Kind, Plan, PrivatePlan
 from choral_client.data import Shard
 from choral_client.train import Stopped
 from choral_client.work import Work
@@ -143,3 +143,29 @@ def test_nobody_says_that_it_has_nothing_to_measure_with_where_noise_is_added() 
     work = Work(task(), Shard(TRAINING, None, 2))
     asked = replace(plan(Kind.EVALUATION, evaluate=True), noised=True)
     assert work.do(asked, checkpoint(), threading.Event()).held_out == ()
+
+
+LOCAL = PrivatePlan(2.0, 1, 1.0, metrics_share=0.2, ranges=((0.0, 10.0), (0.0, 10.0)))
+
+
+def test_with_noise_of_its_own_nothing_tells_that_the_work_failed() -> None:
+    """A metric or a loss that raises because of the data: the middle of each range, and no change, both under the noise."""
+
+    def broken(prediction: Any, target: Any) -> Any:
+        raise IndexError("target 7 is out of bounds")
+
+    asked = replace(plan(Kind.TRAINING, evaluate=True), noised=True, private=LOCAL)
+    results = [Work(task(broken), SHARD).do(asked, checkpoint(), threading.Event()) for _ in range(2)]
+    updates = [np.frombuffer(b"".join(result.payload), "<f4") for result in results]
+    assert all(np.isfinite(update).all() and np.abs(update).max() > 0 for update in updates)
+    assert not np.array_equal(*updates)
+    for result in results:
+        assert [(metric.name, metric.examples) for metric in result.held_out] == [("loss", 1), ("mae", 1)]
+        assert result.work == ()
+
+
+def test_what_single_examples_are_hidden_in_is_asked_for_alone() -> None:
+    hiding = ExamplePlan(1.0, 1.0, 8.0, 1e-5)
+    for asked in (plan(Kind.TRAINING, evaluate=True), plan(Kind.EVALUATION), replace(plan(Kind.TRAINING), private=LOCAL)):
+        with pytest.raises(Declined, match="asked to hide single examples, and beside it for what is computed from them"):
+            Work(task(), SHARD).check(replace(asked, examples=hiding))

@@ -107,8 +107,10 @@ def test_what_hiding_examples_costs_is_a_configuration_too(delta: str) -> None:
     [
         ([], "give --noise or --epsilon: the other one is found"),
         (["--noise", "1", "--epsilon", "1"], "give --noise or --epsilon"),
-        (["--noise", "-1"], "above 0"),
-        (["--epsilon", "1", "--delta", "1"], "must be between 0 and 1"),
+        (["--noise", "-1"], "--noise -1: give a number above 0, from 0.05 to 10000"),
+        (["--noise", "0.001"], "--noise 0.001: give a number above 0, from 0.05"),
+        (["--epsilon", "nan"], "--epsilon nan: give a number above 0"),
+        (["--epsilon", "1", "--delta", "1"], "--delta 1: give a probability"),
     ],
 )
 def test_what_is_no_question_about_examples(arguments: list[str], told: str) -> None:

@@ -117,3 +117,14 @@ def test_the_clip_stays_within_what_can_be_configured() -> None:
     for _ in range(1000):
         clip = AdaptiveClip(quantile=0.99, rate=1.0).next(clip, 0.0)
     assert clip == LARGEST_CLIP
+
+
+def test_what_is_charged_is_as_the_rounds_were_that_it_stands_for() -> None:
+    """Also if the noise is added by somebody else now."""
+    spendings: Spendings = {}
+    settings = Privacy(epsilon=50.0, delta=1e-5, noise=2.0, mode="distributed")
+    spend(Ledger(settings, 2, spendings), spendings, 0)
+    charged = Ledger(Privacy(epsilon=50.0, delta=1e-5, noise=2.0), 2, spendings).charge("run", 3, NOON)
+    assert (charged.mode, charged.release) == ("distributed", spendings["run", 0].release)
+    assert charged.release.whole
+    assert charged.epsilon_models == pytest.approx(epsilon({charged.release: 4}, 1e-5))
