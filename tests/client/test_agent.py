@@ -46,7 +46,7 @@ from choral.messages import (
     VersionRef,
     Welcome,
 )
-from choral.plan import Kind, Plan
+from choral.plan import ExamplePlan, Kind, Plan, PrivatePlan
 from choral.wire import PROTOCOL_VERSION
 from choral_client.agent import Agent
 from choral_client.data import Shard
@@ -904,3 +904,13 @@ async def test_a_codec_that_this_release_does_not_know_is_declined(coordinator: 
 
     await living(agent(coordinator, tmp_path).live(), script)
     assert coordinator.uploads.empty()
+
+
+@pytest.mark.parametrize("noise", [{"private": PrivatePlan(1.0, 1, 1.0)}, {"examples": ExamplePlan(1.0, 1.0, 8.0, 1e-5)}])
+def test_what_updates_without_noise_left_out_is_not_sent_with_one_that_has_noise(tmp_path: Path, noise: dict[str, Any]) -> None:
+    """Or the next update would carry it, unclipped and beside the noise."""
+    made, sparse, plain = agent(Coordinator(), tmp_path), parse("topk:0.5"), assignment(1)
+    with made._feedback(plain, sparse) as feedback:
+        assert feedback is not None
+    with made._feedback(replace(plain, plan=replace(plain.plan, **noise)), sparse) as feedback:
+        assert feedback is None
